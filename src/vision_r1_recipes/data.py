@@ -1,0 +1,381 @@
+"""
+Any supported source -> rows for the trainers.
+
+| layout | columns | released as `[repo]` |
+|---|---|---|
+| RL | `images` (list of pictures), `problem` (with `<image>` markers), `answer` | Vision-R1-rl (geometry3k's layout) |
+| cold start | `image` or `images` (path or paths), `conversations` (`from`, `value`) | both files of Vision-R1-cold |
+| ready | `prompt`, `images`, and `solution` (RL) or `completion` (SFT) | |
+
+A row that can't be used is dropped, counted and listed by reason; losing more than a stated share is an error. Nothing
+is truncated. Pictures stay undecoded until a row is read, and are bounded here for SFT, rollouts and evaluation.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
+from PIL import Image as PILImage
+from qwen_vl_utils import fetch_image, smart_resize
+from transformers import AutoProcessor, ProcessorMixin
+from trl import ModelConfig
+
+from .configs import DataArguments
+from .recipe import RecipeError, check_keys
+from .rewards import check_gold
+
+
+MARKER = "<image>"
+SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit")
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_TURNS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+_FEATURES = {
+    "prompt": _TURNS,
+    "images": List(Image(decode=False)),
+    "id": Value("string"),
+    "tokens": Value("int64"),
+    "dropped": Value("string"),
+    "detail": Value("string"),
+}
+_TARGET = {"rl": {"solution": Value("string")}, "sft": {"completion": _TURNS}}
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of all sources: how many were read and kept, and why the others were dropped."""
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept} of {self.read} rows kept"]
+        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
+            lines.append(f"  {count} dropped: {reason}; for example {'; '.join(self.examples[reason][:3])}")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load_processor(
+    model_name_or_path: str, min_pixels: int | None = None, max_pixels: int | None = None, revision: str = "main"
+) -> ProcessorMixin:
+    """
+    The model's processor, padding on the left, bounded to pictures of `min_pixels` to `max_pixels` (area, in pixels).
+
+    The bounds are saved with every checkpoint, so that a trained model is evaluated on what it was trained on.
+    """
+    processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
+    if not isinstance(processor, ProcessorMixin):
+        raise RecipeError(
+            f"`model_name_or_path`: {model_name_or_path} has no image processor: a vision-language model is needed."
+        )
+    size = processor.image_processor.size
+    low = size["shortest_edge"] if min_pixels is None else min_pixels
+    high = size["longest_edge"] if max_pixels is None else max_pixels
+    if low > high:
+        raise RecipeError(f"`min_pixels` {low} is over `max_pixels` {high}.")
+    processor.image_processor.size = {"shortest_edge": low, "longest_edge": high}
+    return processor
+
+
+def image_bounds(processor: ProcessorMixin) -> dict[str, int]:
+    """`factor` (side of a token, in pixels), `min_pixels` and `max_pixels` of qwen-vl-utils' resize rule."""
+    images = processor.image_processor
+    return {
+        "factor": images.patch_size * images.merge_size,
+        "min_pixels": images.size["shortest_edge"],
+        "max_pixels": images.size["longest_edge"],
+    }
+
+
+def prepare(
+    data_args: DataArguments, model_args: ModelConfig, kind: Literal["rl", "sft"], max_length: int | None
+) -> tuple[ProcessorMixin, Dataset, Dataset | None, DataReport]:
+    """Processor, training rows, evaluation rows (if any) and report of a run; the main process goes first."""
+    with PartialState().main_process_first():
+        processor = load_processor(
+            model_args.model_name_or_path, data_args.min_pixels, data_args.max_pixels, model_args.model_revision
+        )
+        load = partial(
+            load_rows,
+            kind=kind,
+            processor=processor,
+            system_prompt=data_args.system_prompt,
+            max_length=max_length,
+            max_dropped_share=data_args.max_dropped_share,
+            num_proc=data_args.num_proc,
+        )
+        rows, report = load(data_args.datasets)
+        eval_rows = load(data_args.eval_datasets)[0] if data_args.eval_datasets else None
+    return processor, rows, eval_rows, report
+
+
+def load_rows(
+    sources: Sequence[Mapping[str, Any]],
+    kind: Literal["rl", "sft"],
+    processor: ProcessorMixin,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    max_dropped_share: float = 0.05,
+    num_proc: int | None = None,
+) -> tuple[Dataset, DataReport]:
+    """
+    Read, check and convert all `sources`.
+
+    Args:
+        sources (`list[dict]`):
+            `{path, name?, split?, data_files?, image_folder?, limit?}`: a Hub id, folder or file; `image_folder` is
+            where the pictures of a cold-start file lie (default: beside it); `limit` takes the first rows only.
+        kind (`str`):
+            `"rl"`: rows `{prompt, images, solution}`. `"sft"`: rows `{prompt, completion, images}`.
+        max_length (`int`, *optional*):
+            Rows with more tokens (prompt, image tokens and completion together) are dropped.
+
+    Returns:
+        The rows, pictures decoded and resized when a row is read, and the report.
+
+    Raises:
+        `RecipeError`: a source that can't be read or has other columns, no rows left, or too many dropped.
+    """
+    if not sources:
+        raise RecipeError("`datasets` is empty: name at least one source, for example [{path: runs/toy/rl}].")
+    parts = []
+    for i, source in enumerate(sources):
+        rows, convert, folder = _read(source, kind, f"datasets[{i}]")
+        bounds = image_bounds(processor)
+        parts.append(
+            rows.map(
+                partial(
+                    _convert_row,
+                    convert=convert,
+                    folder=folder,
+                    kind=kind,
+                    processor=processor,
+                    bounds=bounds,
+                    system_prompt=system_prompt,
+                    max_length=max_length,
+                ),
+                with_indices=True,
+                remove_columns=rows.column_names,
+                features=Features({**_FEATURES, **_TARGET[kind]}),
+                num_proc=num_proc,
+                desc=f"Checking {source['path']}",
+            )
+        )
+    rows = concatenate_datasets(parts)
+    reasons, details = rows["dropped"], rows["detail"]
+    report = DataReport(len(rows), reasons[:].count(""), dict(Counter(filter(None, reasons))))
+    for reason, detail in zip(reasons, details, strict=True):
+        if reason and len(report.examples.setdefault(reason, [])) < 20:
+            report.examples[reason].append(detail)
+    share = 1 - report.kept / max(report.read, 1)
+    if not report.kept or share > max_dropped_share:
+        raise RecipeError(
+            f"{share:.1%} of the rows had to be dropped, `max_dropped_share` allows {max_dropped_share:.1%}. Mend the "
+            f"data, or raise it.\n{report}"
+        )
+    keep = [i for i, reason in enumerate(reasons) if not reason]
+    rows = rows.select(keep).remove_columns(["dropped", "detail"])
+    return rows.with_transform(partial(_decode, bounds=bounds)), report
+
+
+def _read(source: Mapping[str, Any], kind: str, where: str):
+    """`(rows, converter, image folder)` of one source."""
+    check_keys(dict(source), SOURCE_KEYS, f"{where}.")
+    if "path" not in source:
+        raise RecipeError(f"{where} has no `path`: {dict(source)}.")
+    path, split = Path(source["path"]), source.get("split", "train")
+    files = source.get("data_files")
+    files = [files] if isinstance(files, str) else files
+    try:
+        if path.is_file() or (path.is_dir() and files):
+            paths = [str(path / name) for name in files] if path.is_dir() else [str(path)]
+            absent = [name for name in paths if not Path(name).is_file()]
+            if absent:
+                raise FileNotFoundError(f"no file {', '.join(absent)}")
+            builder = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}[Path(paths[0]).suffix]
+            rows = load_dataset(builder, data_files=paths, split="train")
+        else:
+            rows = load_dataset(source["path"], source.get("name"), data_files=files, split=split)
+    except Exception as error:
+        kinds = "a folder, a .parquet, .json or .jsonl file, or a Hub id that this machine can reach"
+        hint = "" if path.exists() else f" There is no such path here; `path` must be {kinds}."
+        raise RecipeError(f"{where}: can't read {dict(source)}: {type(error).__name__}: {error}.{hint}") from error
+    columns = set(rows.column_names)
+    target = "solution" if kind == "rl" else "completion"
+    if kind == "rl" and {"images", "problem", "answer"} <= columns:
+        convert = _from_geometry3k
+    elif kind == "sft" and "conversations" in columns and columns & {"image", "images"}:
+        convert = _from_conversations
+    elif {"prompt", "images", target} <= columns:
+        convert = _from_ready
+    else:
+        expected = "images, problem, answer" if kind == "rl" else "conversations with image or images"
+        raise RecipeError(
+            f"{where}: {source['path']} has the columns {', '.join(sorted(columns))}; a run of kind {kind} needs "
+            f"{expected}, or prompt, images, {target}."
+        )
+    for column in columns & {"image", "images"}:
+        feature = rows.features[column]
+        if isinstance(feature, List) and isinstance(feature.feature, Image):
+            rows = rows.cast_column(column, List(Image(decode=False)))
+        elif isinstance(feature, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    if source.get("limit") is not None:
+        rows = rows.select(range(min(source["limit"], len(rows))))
+    folder = source.get("image_folder") or (path if path.is_dir() else path.parent)
+    if source.get("image_folder") and not Path(folder).is_dir():
+        raise RecipeError(f"{where}: `image_folder`: {folder} is not a folder.")
+    return rows, convert, str(folder)
+
+
+class _Drop(Exception):
+    """Why a row can't be used: a reason to count by, and what to look at."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, detail
+
+
+def _from_geometry3k(row):
+    if not (row["answer"] or "").strip():
+        raise _Drop("empty answer")
+    return [("user", row["problem"] or "")], row["answer"], row["images"] or []
+
+
+def _from_conversations(row):
+    turns = []
+    for turn in row["conversations"]:
+        if turn["from"] not in ROLES:
+            raise _Drop("unknown role", f"from: {turn['from']!r}")
+        turns.append((ROLES[turn["from"]], turn["value"] or ""))
+    roles = [role for role, _ in turns if role != "system"]
+    if roles != ["user", "assistant"]:
+        raise _Drop("not one question and one answer", f"turns: {', '.join(roles)}")
+    if not turns[-1][1].strip():
+        raise _Drop("empty answer")
+    images = row["images"] if row.get("images") is not None else row.get("image")
+    images = [] if images is None else [images] if isinstance(images, (str, dict)) else images
+    return turns[:-1], turns[-1][1], [{"path": i, "bytes": None} if isinstance(i, str) else i for i in images]
+
+
+def _from_ready(row):
+    """TRL's own columns; a string prompt or completion is one turn, content may be text with markers or parts."""
+
+    def turns(messages, role):
+        if isinstance(messages, str):
+            return [(role, messages)]
+        flat = []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = "".join(MARKER if part["type"] == "image" else part["text"] for part in content)
+            flat.append((message["role"], content))
+        return flat
+
+    prompt = turns(row["prompt"], "user")
+    target = row["solution"] if "solution" in row else turns(row["completion"], "assistant")[-1][1]
+    if not (target or "").strip():
+        raise _Drop("empty answer")
+    images = row["images"] or []
+    return prompt, target, [{"path": i, "bytes": None} if isinstance(i, str) else i for i in images]
+
+
+def _convert_row(row, index, convert, folder, kind, processor, bounds, system_prompt, max_length):
+    name = str(row.get("id") or f"row {index}")
+    empty = {"solution": ""} if kind == "rl" else {"completion": []}
+    try:
+        turns, target, images = convert(row)
+        if kind == "rl" and (reason := check_gold(target)):
+            raise _Drop("answer can't be graded", f"{target!r}: {reason}")
+        if system_prompt is not None:
+            turns = [("system", system_prompt), *(turn for turn in turns if turn[0] != "system")]
+        markers = sum(text.count(MARKER) for _, text in turns)
+        if not images:
+            raise _Drop("no image")
+        if markers != len(images):
+            raise _Drop("image markers don't match the images", f"{markers} x {MARKER}, {len(images)} images")
+        images = [_check_image(image, folder, bounds) for image in images]
+        prompt = [{"role": role, "content": _parts(text)} for role, text in turns]
+        completion = [{"role": "assistant", "content": [{"type": "text", "text": target}]}]
+        tokens = _count_tokens(prompt + (completion if kind == "sft" else []), images, kind, processor, bounds)
+        if max_length is not None and tokens > max_length:
+            raise _Drop("too many tokens", f"{tokens} tokens, the limit is {max_length}")
+    except _Drop as drop:
+        detail = f"{name}: {drop.detail}" if drop.detail else name
+        return {"prompt": [], "images": [], "id": name, "tokens": 0, "dropped": drop.reason, "detail": detail, **empty}
+    stored = [{"bytes": image["bytes"], "path": image["path"]} for image in images]
+    made = {"prompt": prompt, "images": stored, "id": name, "tokens": tokens, "dropped": "", "detail": ""}
+    return {**made, "solution": target} if kind == "rl" else {**made, "completion": completion}
+
+
+def _parts(text: str) -> list[dict[str, str | None]]:
+    parts: list[dict[str, str | None]] = []
+    for i, piece in enumerate(text.split(MARKER)):
+        if i:
+            parts.append({"type": "image", "text": None})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _check_image(image: Mapping[str, Any], folder: str, bounds: Mapping[str, int]) -> dict[str, Any]:
+    """The stored picture with its size after resizing; decodes it once, so that a run can't die on it later."""
+    path = image["path"]
+    if image["bytes"] is None:
+        path = str(Path(folder, path).absolute())
+        if not Path(path).is_file():
+            raise _Drop("missing image", path)
+    try:
+        with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else path) as picture:
+            picture.load()
+            width, height = picture.size
+    except Exception as error:
+        raise _Drop("broken image", f"{path or 'embedded'}: {error}") from error
+    try:
+        height, width = smart_resize(height, width, **bounds)
+    except ValueError as error:
+        raise _Drop("impossible image size", f"{path or 'embedded'}: {error}") from error
+    return {"bytes": image["bytes"], "path": path, "height": height, "width": width}
+
+
+def _without_nulls(messages: list[dict]) -> list[dict]:
+    """Arrow fills `text: None` into image parts; chat templates want the key absent."""
+    return [
+        {**message, "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]]}
+        for message in messages
+    ]
+
+
+def _count_tokens(messages, images, kind, processor, bounds) -> int:
+    text = processor.apply_chat_template(_without_nulls(messages), tokenize=False, add_generation_prompt=kind == "rl")
+    in_pictures = sum(image["height"] * image["width"] // bounds["factor"] ** 2 - 1 for image in images)
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + in_pictures
+
+
+def _decode(batch: dict[str, list], bounds: Mapping[str, int]) -> dict[str, list]:
+    """The dataset's transform: messages as chat templates want them, pictures decoded and resized."""
+
+    def picture(image):
+        opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        limits = {"min_pixels": bounds["min_pixels"], "max_pixels": bounds["max_pixels"]}
+        return fetch_image({"image": opened, **limits}, image_patch_size=bounds["factor"] // 2)
+
+    for column in ("prompt", "completion"):
+        if column in batch:
+            batch[column] = [_without_nulls(messages) for messages in batch[column]]
+    if "images" in batch:
+        batch["images"] = [[picture(image) for image in images] for images in batch["images"]]
+    return batch

@@ -1,0 +1,64 @@
+"""
+GRPO with HFRRF and Progressive Thinking Suppression Training.
+
+```shell
+accelerate launch src/vision_r1_recipes/grpo.py recipes/ptst.yaml [--key value ...]
+```
+"""
+
+import sys
+from pathlib import Path
+
+
+# A script's folder comes first on the path, where `evaluate.py` would shadow Hugging Face's `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from accelerate import PartialState  # noqa: E402
+from transformers import set_seed  # noqa: E402
+from trl import ModelConfig  # noqa: E402
+
+from vision_r1_recipes import preflight, recipe  # noqa: E402
+from vision_r1_recipes.configs import DataArguments, VisionGRPOConfig  # noqa: E402
+from vision_r1_recipes.data import prepare  # noqa: E402
+from vision_r1_recipes.rewards import accuracy_reward, format_reward, hfrrf  # noqa: E402
+from vision_r1_recipes.trainers import VisionGRPOTrainer, lora_config  # noqa: E402
+
+
+REWARDS = {"hfrrf": [hfrrf], "soft": [format_reward, accuracy_reward]}
+
+
+def main(argv: list[str]) -> None:
+    values, data, args, model = recipe.parse(argv, (DataArguments, VisionGRPOConfig, ModelConfig))
+    preflight.check(preflight.grpo_problems(values, data, args, model) + preflight.run_problems(args))
+    set_seed(args.seed)
+
+    # Data
+    processor, rows, eval_rows, report = prepare(data, model, "rl", data.max_prompt_length)
+    state = PartialState()
+    if state.is_main_process:
+        print(report)
+        launch = {"distributed_type": state.distributed_type, "num_processes": state.num_processes}
+        recipe.save(values, args.output_dir, **launch)
+        report.save(Path(args.output_dir, "data_report.json"))
+
+    # Trainer
+    args.model_init_kwargs = preflight.model_init_kwargs(model, args)
+    trainer = VisionGRPOTrainer(
+        model.model_name_or_path,
+        reward_funcs=REWARDS[args.reward],
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=lora_config(model),
+    )
+    trainer.train(resume_from_checkpoint=preflight.checkpoint(args))
+
+    # Save
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    with preflight.kind_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,250 @@
+"""
+Read a recipe: one YAML file per run, `base:` inheritance, unknown keys fatal, the resolved copy saved with the run.
+
+```shell
+python -m vision_r1_recipes.recipe expand recipes/ptst.yaml                  # the recipe after inheritance
+python -m vision_r1_recipes.recipe get recipes/ptst.yaml output_dir          # one value, for scripts
+python -m vision_r1_recipes.recipe plan recipes/ptst.yaml --world-size 64    # the arithmetic and every problem, no GPU
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+PACKAGES = ("trl", "transformers", "accelerate", "datasets", "deepspeed", "peft", "torch", "vllm", "math-verify")
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be run. The message names the key, the value and the fix."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with `1e-6` as a number (YAML 1.1 reads a string) and with repeated keys refused."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise RecipeError(f"repeated key {', '.join(repeated)} at {node.start_mark}: keep one of them.")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def merge(base: dict, child: dict) -> dict:
+    """Deep merge of `child` over `base`: dicts are merged, anything else, lists too, is replaced whole."""
+    merged = dict(base)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def load(path: str | Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """
+    Read the recipe at `path` and all it inherits by its `base:` key (a path relative to the file that names it).
+
+    Raises:
+        `RecipeError`: a missing file, a circle of bases, broken YAML, or a file that is not a mapping.
+    """
+    path = Path(path).resolve()
+    if path in _children:
+        raise RecipeError("circle of bases: " + " -> ".join(str(p) for p in (*_children, path)))
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3)
+        named = f", named by `base:` in {_children[-1]}" if _children else ""
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise RecipeError(f"no recipe at {path}{named}.{hint}")
+    try:
+        content = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold `key: value` lines, found {type(content).__name__}.")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    return merge(load(path.parent / base, (*_children, path)), content)
+
+
+def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
+    """
+    `--key value`, `--key=value` or a bare `--flag` (true) as a dict. Values are read as YAML; several make a list.
+    """
+    overrides: dict[str, Any] = {}
+    key, values = None, []
+
+    def close():
+        if key is not None:
+            overrides[key] = values[0] if len(values) == 1 else values or True
+
+    for arg in args:
+        if arg.startswith("--") and len(arg) > 2:
+            close()
+            key, equals, value = arg[2:].partition("=")
+            key, values = key.replace("-", "_"), [yaml.load(value, Loader=_Loader)] if equals else []
+        elif key is None:
+            raise RecipeError(f"unexpected argument {arg!r}: overrides are written `--key value`.")
+        else:
+            values.append(yaml.load(arg, Loader=_Loader))
+    close()
+    return overrides
+
+
+def check_keys(recipe: dict[str, Any], valid: Iterable[str], where: str = "") -> None:
+    """Raise [`RecipeError`] naming every key of `recipe` that is not in `valid`, each with its nearest valid name."""
+    valid = sorted(valid)
+    problems = []
+    for key in recipe:
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"valid keys: {', '.join(valid)}."
+            problems.append(
+                f"unknown key {where}`{key}`: {recipe[key]!r}; {hint if len(hint) < 400 else 'remove it.'}"
+            )
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _check_type(action: argparse.Action, value: Any) -> str | None:
+    """A sentence when `value`, as YAML gave it, can't be what `action` takes. Strings are left to argparse."""
+    if value is None or isinstance(value, str) or action.nargs in ("+", "*"):
+        return None
+    wrong = isinstance(value, (list, dict)) and action.type in (int, float, str)
+    wrong = wrong or (action.type is int and (isinstance(value, bool) or value != int(value)))
+    wrong = wrong or (action.type is float and isinstance(value, bool))
+    expected = getattr(action.type, "__name__", action.type)
+    return f"`{action.dest}`: {value!r} is not a value of type {expected}." if wrong else None
+
+
+def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
+    """
+    Parse an entry point's command line: `RECIPE [--key value ...]`, or TRL's `--config RECIPE [--key value ...]`.
+
+    Returns:
+        `(recipe, *instances)`: the resolved recipe as a dict, then one instance of each of `dataclass_types`.
+
+    Raises:
+        `RecipeError`: anything wrong with the file, a key, or a value's type.
+    """
+    from trl import TrlParser
+
+    argv = list(argv)
+    if "--config" in argv[:-1]:
+        at = argv.index("--config")
+        path = argv[at + 1]
+        argv[at : at + 2] = []
+    elif argv and not argv[0].startswith("--"):
+        path = argv.pop(0)
+    else:
+        raise RecipeError("name a recipe first, for example: recipes/toy/ptst.yaml [--key value ...]")
+    recipe = merge(load(path), parse_overrides(argv))
+    parser = TrlParser(dataclass_types)
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    check_keys(recipe, actions)
+    problems = [problem for key, value in recipe.items() if (problem := _check_type(actions[key], value))]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    parser.set_defaults_with_config(**recipe)
+    parser.error = _refuse  # argparse would print some hundred lines of usage before its message
+    try:
+        return recipe, *parser.parse_args_into_dataclasses(args=[])
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+
+
+def _refuse(message: str) -> None:
+    raise RecipeError(message)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the libraries, and the git commit of this repository and whether it has changes."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+
+    def git(*args):
+        run = subprocess.run(["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True, check=False)
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    try:
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except FileNotFoundError:  # no git on this machine
+        commit, dirty = None, None
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "command": sys.argv,
+    }
+
+
+def save(recipe: dict[str, Any], output_dir: str | Path, **launch: Any) -> None:
+    """Write `recipe.yaml` (resolved, a recipe itself) and `environment.json`, with `launch`, into `output_dir`."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "recipe.yaml").write_text(dump(recipe))
+    (output_dir / "environment.json").write_text(json.dumps({**environment(), **launch}, indent=2) + "\n")
+
+
+def dump(recipe: Any) -> str:
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=119)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vision_r1_recipes.recipe", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    expand = commands.add_parser("expand", help="print the recipe after inheritance and overrides")
+    get = commands.add_parser("get", help="print one value")
+    plan = commands.add_parser("plan", help="print the arithmetic and every problem; exit code 2 if there is one")
+    for command in (expand, get, plan):
+        command.add_argument("recipe")
+    get.add_argument("key", help="a dot goes into a dict or a list: stages.0.steps")
+    plan.add_argument("--world-size", "--gpus", type=int, default=1, help="number of training processes (GPUs)")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        if args.command == "plan":
+            from .preflight import plan as make_plan
+
+            text, problems = make_plan([args.recipe, *rest], args.world_size)
+            print(text)
+            if problems:
+                print(f"\n{len(problems)} problem(s):", *(f"- {problem}" for problem in problems), sep="\n")
+            return 2 if problems else 0
+        value: Any = merge(load(args.recipe), parse_overrides(rest))
+        if args.command == "get":
+            for part in args.key.split("."):
+                try:
+                    value = value[int(part)] if isinstance(value, list) else value[part]
+                except (KeyError, IndexError, ValueError, TypeError):
+                    raise RecipeError(f"{args.recipe} has no key `{args.key}`.") from None
+        print(value if isinstance(value, str) else dump(value).removesuffix("...\n").rstrip("\n"))
+        return 0
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
