@@ -51,7 +51,7 @@ $(TOY)/zero/done: $(TOY)/base/done
 	@echo "== 4/5 Vision-R1-Zero: RL without a cold start"
 	@rm -rf $(TOY)/zero
 	$(LAUNCH) $(PACKAGE)/grpo.py recipes/toy/zero.yaml
-	$(EVALUATE) $(TOY)/zero $(EVAL_ARGS) --recipe $(TOY)/zero/recipe.yaml --output_dir $(TOY)/zero/eval
+	$(EVALUATE) $(TOY)/zero $(EVAL_ARGS) --output_dir $(TOY)/zero/eval
 	@touch $@
 $(TOY)/ptst/done: $(TOY)/cold_start/done
 	@echo "== 5/5 Vision-R1: RL with PTST from the cold start"

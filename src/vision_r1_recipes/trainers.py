@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from functools import lru_cache
 from typing import Any
 
@@ -222,7 +223,22 @@ class VisionGRPOTrainer(_RestoreWeights, GRPOTrainer):
             logs["stage/num_generations"] = stage.num_generations
             # The Trainer's epoch is a share of the run here; users expect passes over the data.
             self.state.epoch = done * self.args.prompts_per_rollout / len(self.train_dataset)
+        if self.log_completions:
+            # wandb's tables refuse messages whose parts have different keys, as pictures and text have.
+            self._logs["prompt"] = deque(map(_as_text, self._logs["prompt"]), self._logs["prompt"].maxlen)
         super().log(logs, start_time)
+
+
+def _as_text(messages: list[dict[str, Any]] | str) -> list[dict[str, str]] | str:
+    """Messages with their parts joined, `<image>` where a picture stands."""
+    if isinstance(messages, str):
+        return messages
+
+    def text(content) -> str:
+        parts = [] if isinstance(content, str) else content
+        return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts) or content
+
+    return [{"role": message["role"], "content": text(message["content"])} for message in messages]
 
 
 def collapse_runs(ids: list[int], token_id: int) -> list[int]:

@@ -1,0 +1,281 @@
+"""Evaluation of a real, untrained tiny model on real files, and the numbers made of its samples."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.generation import GenerationMixin
+
+from vision_r1_recipes import evaluate as ev
+from vision_r1_recipes import toy
+from vision_r1_recipes.data import load_processor, load_rows
+from vision_r1_recipes.recipe import RecipeError
+
+
+QUICK = {"max_new_tokens": 12, "batch_size": 5, "buckets": (4, 8)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    toy.build(folder, num_base=40, num_cold=20, num_train=4, num_test=12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(world):
+    summary = ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(world / "eval"), seed=3, **QUICK)
+    return summary, pd.read_parquet(world / "eval" / "samples.parquet")
+
+
+def test_untrained_model_end_to_end(world, evaluated):
+    summary, samples = evaluated
+    gold = pd.read_parquet(world / "rl" / "test.parquet")
+    assert list(samples.columns) == [
+        "id", "problem", "solution", "completion", "tokens", "truncated", "answer", "format", "correct",
+    ]  # fmt: skip
+    assert list(samples["id"]) == [f"row {i}" for i in range(12)]
+    assert list(samples["problem"]) == list(gold["problem"]) and list(samples["solution"]) == list(gold["answer"])
+    assert summary["questions"] == 12 and summary["format_rate"] == summary["hfrrf"] == 0
+    assert samples["tokens"].between(1, 12).all() and (samples["tokens"][samples["truncated"]] == 12).all()
+    assert summary["mean_tokens"] == samples["tokens"].mean() and summary["truncated"] == samples["truncated"].mean()
+    assert not samples["correct"][samples["truncated"]].any()
+    assert sum(b["questions"] for b in summary["by_length"]) == 12
+    assert json.loads((world / "eval" / "summary.json").read_text()) == summary
+
+
+def test_settings_are_recorded(world, evaluated):
+    summary, _ = evaluated
+    sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0, "do_sample": True}
+    wanted = {**sampling, "max_new_tokens": 12, "batch_size": 5, "seed": 3, "system_prompt": None}
+    assert {key: summary["sampling"][key] for key in wanted} == wanted
+    assert summary["name"] == "model" and summary["model"] == str(world / "model")
+    assert summary["data"] == {"path": str(world / "rl"), "split": "test", "limit": None, "dropped": {}}
+    assert summary["environment"]["packages"]["transformers"] and summary["dtype"] == "torch.float32"
+
+
+def test_seed_decides(world, evaluated, tmp_path):
+    _, samples = evaluated
+
+    def completions(seed):
+        ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), seed=seed, **QUICK)
+        return list(pd.read_parquet(tmp_path / "samples.parquet")["completion"])
+
+    assert completions(3) == list(samples["completion"])
+    assert completions(4) != list(samples["completion"])
+
+
+@pytest.mark.parametrize("temperature", [0.6, 0.0])
+def test_nothing_is_inherited_from_the_saved_generation_config(world, tmp_path, monkeypatch, temperature):
+    folder = tmp_path / "resaved"
+    model = AutoModelForImageTextToText.from_pretrained(world / "model")
+    assert model.generation_config.repetition_penalty == 1.05 and model.generation_config.temperature == 1e-6
+    ends = model.generation_config.eos_token_id
+    model.save_pretrained(folder)
+    load_processor(str(world / "model")).save_pretrained(folder)
+    traps = {"no_repeat_ngram_size": 2, "min_p": 0.5, "use_cache": False, "max_length": 20, "bad_words_ids": [[5]]}
+    saved = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(saved | traps))
+
+    used = []
+    prepare = GenerationMixin._prepare_generation_config
+
+    def spy(self, *args, **kwargs):
+        result = prepare(self, *args, **kwargs)
+        used.append(result[0])
+        return result
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_generation_config", spy)
+    ev.evaluate(str(folder), str(world / "rl"), limit=2, temperature=temperature, max_new_tokens=2)
+    (config,) = used
+    assert config.repetition_penalty == 1.0 and config.top_k == 0 and config.use_cache is True
+    assert config.do_sample is (temperature > 0)
+    assert (config.temperature, config.top_p) == ((0.6, 0.95) if temperature else (1.0, 1.0))
+    assert not config.no_repeat_ngram_size and config.min_p is None and config.bad_words_ids is None
+    assert config.suppress_tokens == [model.config.image_token_id]
+    assert set(config.eos_token_id) == set(ends) and len(ends) == 2
+    assert (folder / "eval" / "rl" / "summary.json").is_file()
+
+
+def test_lengths_ends_and_order(world, monkeypatch):
+    """`generate` is replaced by one that answers each question with as many words as its prompt has real tokens."""
+    processor = load_processor(str(world / "model"))
+    rows, _ = load_rows([{"path": str(world / "rl"), "split": "test"}], "rl", processor)
+    model = ev.load_model(str(world / "model"))
+    ev.set_sampling(model, processor, 400, 0.6, 0.95)
+    end, pad = model.generation_config.eos_token_id
+    word = processor.tokenizer("a")["input_ids"][0]
+    lengths = rows.with_format(None)["tokens"][:]
+    cap = sorted(lengths)[-2]
+
+    def generate(input_ids, attention_mask, pixel_values, **kwargs):
+        tail = torch.full((len(input_ids), cap), pad)
+        for row, n in zip(tail, attention_mask.sum(1).tolist(), strict=True):
+            row[:n] = word
+            row[n : n + 1] = end if n % 2 else pad  # either token ends a turn
+        return torch.cat([input_ids, tail], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    made = ev.complete(model, processor, rows, batch_size=5)
+    assert [m["truncated"] for m in made] == [n >= cap for n in lengths]
+    assert [m["tokens"] for m in made] == [min(n + 1, cap) for n in lengths]
+    assert [m["completion"] for m in made] == ["a" * min(n, cap) for n in lengths]
+
+
+R1 = "<think> Wait. 7+5=12 </think><answer> Final Answer:12 </answer>"
+
+
+@pytest.mark.parametrize(
+    "text, has_format, correct",
+    [
+        (R1, True, True),
+        (R1.replace("Final Answer:12", "13"), True, False),
+        ("12", False, True),
+        ("The answer is 12.", False, True),
+        ("There are 12 red dots.", False, True),
+        ("**Answer:** 12", False, True),
+        ("The answer is 13.", False, False),
+        ("<answer> 12 </answer>", False, True),
+        ("<answer>3</answer> No. <answer> Final Answer: 12 </answer>", False, True),
+        ("<answer>12</answer> No. <answer>3</answer>", False, False),
+        ("<think> it is 12 </think> 12", False, True),
+        ("<think> So the answer is 12.", False, False),
+        ("<think> 12 </think><answer> Final Answer:12", False, False),
+        ("Adding both. " * 50 + "So the total is \\boxed{12}.", False, True),
+        ("Adding both. " * 50 + "\nThe answer is: 12", False, True),
+        ("Adding both. " * 50 + "12", False, False),
+        ("", False, False),
+    ],
+)
+def test_judge(text, has_format, correct):
+    judged = ev.judge(text, "12", truncated=False)
+    assert (judged["format"], judged["correct"]) == (has_format, correct)
+    assert ev.judge(text, "12", truncated=True) == {"answer": None, "format": False, "correct": False}
+
+
+def test_summary_of_known_samples():
+    samples = pd.DataFrame(
+        [
+            ("Wait, let me check. wait", 4, False, True, True),
+            ("Hmmm, a mistake, the waiter checkmates", 5, False, True, False),
+            ("12", 8, False, False, True),
+            ("", 9, True, False, False),
+        ],
+        columns=["completion", "tokens", "truncated", "format", "correct"],
+    )
+    summary = ev.summarize(samples, (4, 8, 100))
+    assert summary["accuracy"] == 0.5 and summary["accuracy_se"] == 0.25 and summary["hfrrf"] == 0.25
+    assert summary["mean_tokens"] == summary["median_tokens"] == 6.5 and summary["truncated"] == 0.25
+    assert [(b["questions"], b["accuracy"]) for b in summary["by_length"]] == [(1, 1), (2, 0.5), (1, 0), (0, None)]
+    assert [ev.bucket_name(b) for b in summary["by_length"]] == ["1-4", "5-8", "9-100", "over 100"]
+    per_thousand = {word: r["per_1000_tokens"] * 26 / 1000 for word, r in summary["reflection"].items()}
+    assert per_thousand == pytest.approx({"wait": 2, "hmm": 1, "alternatively": 0, "mistake": 1, "check": 1, "any": 5})
+    assert summary["reflection"]["wait"]["share"] == 0.25 and summary["reflection"]["any"]["share"] == 0.5
+
+
+def columns(correct):
+    return {"id": [f"row {i}" for i in range(len(correct))], "correct": list(correct)}
+
+
+def test_paired_difference_of_known_cases():
+    right, wrong = columns([True] * 50), columns([False] * 50)
+    assert ev.paired_difference(right, right) == (0, 0, 0)
+    assert ev.paired_difference(right, wrong) == (1, 1, 1)
+    assert ev.paired_difference(wrong, right) == (-1, -1, -1)
+
+    # 60 questions only `a` gets right, 20 only `b`: the interval is close to the normal one, and to a plain loop's.
+    a = np.array([1] * 60 + [0] * 20 + [1] * 300 + [0] * 100, bool)
+    b = np.array([0] * 60 + [1] * 20 + [1] * 300 + [0] * 100, bool)
+    mean, low, high = ev.paired_difference(columns(a), columns(b))
+    difference = a.astype(float) - b
+    half = 1.96 * difference.std() / np.sqrt(480)
+    assert mean == pytest.approx(40 / 480)
+    assert (low, high) == (pytest.approx(mean - half, abs=0.004), pytest.approx(mean + half, abs=0.004))
+    rng = np.random.default_rng(1)
+    loop = [rng.choice(difference, 480).mean() for _ in range(4000)]
+    assert (low, high) == pytest.approx(tuple(np.percentile(loop, [2.5, 97.5])), abs=0.004)
+    assert ev.paired_difference(columns(a), columns(b)) == (mean, low, high)
+
+
+def test_paired_difference_needs_the_same_questions():
+    a = columns([True, False])
+    with pytest.raises(ValueError, match="`id` differs"):
+        ev.paired_difference(a, columns([True]))
+    with pytest.raises(ValueError, match="`id` differs"):
+        ev.paired_difference(a, {**a, "id": a["id"][::-1]})
+    with pytest.raises(ValueError, match="`solution` differs"):
+        ev.paired_difference({**a, "solution": ["1", "2"]}, {**a, "solution": ["1", "3"]})
+    with pytest.raises(ValueError, match="no samples"):
+        ev.paired_difference(columns([]), columns([]))
+
+
+def test_lora_adapter_is_merged(world, tmp_path):
+    base = AutoModelForImageTextToText.from_pretrained(world / "model")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path)
+    load_processor(str(world / "model")).save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    loaded = ev.load_model(str(tmp_path))
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+        assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-4)
+        assert not torch.allclose(ev.load_model(str(world / "model"))(input_ids=ids).logits, expected, atol=1e-2)
+    assert isinstance(loaded.generation_config, GenerationConfig) and "lora" not in str(loaded).lower()
+
+
+@pytest.mark.parametrize("given, used", [(None, "Think first."), ("", None), ("Be brief.", "Be brief.")])
+def test_system_prompt_is_the_recipe_s_unless_given(world, tmp_path, monkeypatch, given, used):
+    folder = tmp_path / "run"
+    shutil.copytree(world / "model", folder / "checkpoint-2")
+    (folder / "recipe.yaml").write_text("system_prompt: Think first.\n")
+    seen = []
+
+    def complete(model, processor, rows, batch_size):
+        seen.extend(rows)
+        return [{"completion": "12", "tokens": 2, "truncated": False} for _ in rows]
+
+    monkeypatch.setattr(ev, "complete", complete)
+    summary = ev.evaluate(str(folder / "checkpoint-2"), str(world / "rl"), limit=3, system_prompt=given)
+    first = seen[0]["prompt"][0]
+    assert (first["content"][0]["text"] if first["role"] == "system" else None) == used
+    assert summary["sampling"]["system_prompt"] == used and summary["questions"] == 3
+
+
+def test_bad_input(world, tmp_path):
+    model, data = str(world / "model"), str(world / "rl")
+    with pytest.raises(RecipeError, match=r"can't read the model .*nowhere"):
+        ev.evaluate(str(tmp_path / "nowhere"), data)
+    with pytest.raises(RecipeError, match="nowhere"):
+        ev.evaluate(model, str(tmp_path / "nowhere"))
+    with pytest.raises(RecipeError, match="val"):
+        ev.evaluate(model, data, split="val")
+    with pytest.raises(RecipeError, match="temperature"):
+        ev.evaluate(model, data, temperature=-1)
+    with pytest.raises(RecipeError, match="float33"):
+        ev.evaluate(model, data, dtype="float33")
+    shutil.copytree(model, tmp_path / "incomplete")
+    weights = load_file(Path(model, "model.safetensors"))
+    lost = next(name for name in weights if "norm" in name)
+    del weights[lost]
+    save_file(weights, tmp_path / "incomplete" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="1 weights are missing"):
+        ev.evaluate(str(tmp_path / "incomplete"), data)
+
+
+def test_as_a_script(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ev.__file__, str(tmp_path / "nowhere"), str(tmp_path)], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "error: can't read the model" in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,196 @@
+"""The report of runs and evaluations in the files that training and evaluation write."""
+
+import builtins
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from vision_r1_recipes import report
+from vision_r1_recipes.evaluate import summarize
+from vision_r1_recipes.recipe import RecipeError
+
+
+TWO_STAGES = [
+    {"max_completion_length": 96, "num_generations": 16, "steps": 30},
+    {"max_completion_length": 192, "num_generations": 8, "steps": 30},
+]
+
+
+def write_state(folder, rollouts, length=100.0, accuracy=True):
+    rows = [
+        {
+            "step": r,
+            "reward": r / 50,
+            **({"accuracy_rate": r / 80} if accuracy else {}),
+            "completions/mean_length": length - r,
+            "completions/clipped_ratio": 0.25,
+            "rollout": r,
+            "stage": 1 + (r > 30),
+        }
+        for r in range(1, rollouts + 1)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    log = [*rows, {"train_runtime": 1.0, "step": rollouts, "rollout": rollouts}]
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": rollouts, "log_history": log}))
+
+
+def write_run(folder, rollouts=60, **kwargs):
+    write_state(folder, rollouts, **kwargs)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": TWO_STAGES, "seed": 1}))
+    return str(folder)
+
+
+def write_eval(folder, name, right, tokens, first_id=0, buckets=(96, 192), **sampling):
+    n = len(right)
+    samples = pd.DataFrame(
+        {
+            "id": [f"row {i + first_id}" for i in range(n)],
+            "completion": "Wait, check",
+            "tokens": tokens,
+            "truncated": False,
+            "format": True,
+            "correct": right,
+        }
+    )
+    summary = {
+        "name": name,
+        "data": {"path": "runs/toy/rl", "split": "test", "limit": None, "dropped": {}},
+        **summarize(samples, buckets),
+        "sampling": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 384, "seed": 0, **sampling},
+    }
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    samples.to_parquet(folder / "samples.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def evals(tmp_path):
+    right = np.arange(400) % 4 > 0  # 75 %
+    better = np.arange(400) % 10 > 0  # 90 %
+    tokens = np.where(right, 50, 250)
+    return [
+        write_eval(tmp_path / "ci" / "eval", "ci", right, tokens),
+        write_eval(tmp_path / "ptst" / "eval", "Vision-R1", better, np.full(400, 40), system_prompt="x"),
+    ]
+
+
+def cells(text, first):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_tables_and_figure(tmp_path, evals, capsys):
+    out = tmp_path / "report"
+    runs = [f"Vision-R1={write_run(tmp_path / 'ptst')}", f"Zero={write_run(tmp_path / 'zero', length=80.0)}"]
+    arguments = [*runs, "--evals", f"Vision-R1-CI={evals[0]}", evals[1], "--baseline", "Vision-R1-CI"]
+    report.main([*arguments, "--output_dir", str(out)])
+    printed, text = capsys.readouterr().out, (out / "report.md").read_text()
+    half = 196 * np.sqrt(0.75 * 0.25 / 400)
+    assert cells(text, "Vision-R1-CI") == [
+        "Vision-R1-CI", f"75.0 ± {half:.1f}", "75.0", "100.0", "100.0", "50", "0.0", "400",
+    ]  # fmt: skip
+    assert cells(text, "Vision-R1")[:2] == ["Vision-R1", "90.0 ± 2.9"]
+    _, points, interval, tokens = cells(text, "Vision-R1 minus Vision-R1-CI")
+    assert (points, tokens) == ("+15.0", "-60.0")
+    low, high = json.loads(interval.replace("+", ""))
+    assert 8 < low < 15 < high < 22
+    by_length = text[text.index("| Accuracy % by tokens") :]
+    assert cells(by_length, "Vision-R1-CI")[1:] == ["100.0 of 300", "- of 0", "0.0 of 100"]
+    assert "system_prompt 'x' against None" in text and "temperature 0.6" in text
+    run = cells(text[text.index("| Run ") :], "Vision-R1")
+    assert run[1:3] == ["96 x 16: 30, 192 x 8: 30", "60 of 60"]
+    assert run[3:] == ["0.07 → 1.15", "4.4 → 71.9", "96.5 → 42.5", "25.0 → 25.0"]
+    assert "Vision-R1 minus Vision-R1-CI" in printed and "report.md" in printed
+    assert "![" in text
+    picture = Image.open(out / "figure.png").convert("RGB")
+    assert picture.width > 1500 and len(picture.getcolors(maxcolors=1 << 24)) > 50
+
+
+def test_run_that_is_still_going(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder / "checkpoint-9", 9)
+    write_state(folder / "checkpoint-20", 20)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": TWO_STAGES}))
+    (folder / "checkpoint-30").mkdir()  # being written
+    report.main([str(folder), "--output_dir", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert cells(text, "run")[2] == "20 of 60"
+    assert "no evaluations given" in text and (tmp_path / "out" / "figure.png").is_file()
+
+
+def test_without_runs_samples_recipe_or_accuracy(tmp_path, evals):
+    (tmp_path / "ci" / "eval" / "samples.parquet").unlink()
+    report.main([*evals, "--output_dir", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "no GRPO runs given" in text and "Vision-R1 minus ci: samples.parquet is missing" in text
+
+    write_state(tmp_path / "bare", 5, accuracy=False)
+    sft = tmp_path / "sft"
+    sft.mkdir()
+    (sft / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": [{"loss": 1, "step": 1}]}))
+    report.main([str(tmp_path / "bare"), str(sft), "--output_dir", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert cells(text, "bare")[1:5] == ["?", "5 of ?", "0.02 → 0.10", "- → -"]
+    assert "sft" in text and "no rollouts in its log" in text
+
+
+def test_other_questions_and_buckets_are_named(tmp_path, evals):
+    right = np.ones(400, bool)
+    other = write_eval(tmp_path / "other", "other", right, np.full(400, 9), first_id=5, buckets=(4,))
+    report.main([*evals, other, "--output_dir", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "other minus ci: the samples are not of the same questions" in text
+    assert "other: other length buckets, not in the figure" in text
+    assert cells(text[text.index("| Accuracy % by tokens") :], "other")[4:] == ["- of 0", "100.0 of 400"]
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path, evals):
+    folder = tmp_path / "lr=1e-6"
+    write_run(folder)
+    runs, _, _ = report.load([str(folder)])
+    assert runs[0].label == "lr=1e-6"
+    runs, _, _ = report.load([f"label={folder}"])
+    assert runs[0].label == "label" and runs[0].path == folder
+
+
+def test_bad_input(tmp_path, evals, monkeypatch):
+    out = ["--output_dir", str(tmp_path / "out")]
+    with pytest.raises(RecipeError, match="nothing to report"):
+        report.main(out)
+    with pytest.raises(RecipeError, match="nowhere is not a folder"):
+        report.main(["x=nowhere", *out])
+    with pytest.raises(RecipeError, match=r"There is a summary.json in .*ci/eval"):
+        report.main([str(tmp_path / "ci"), *out])
+    with pytest.raises(RecipeError, match="'ci' is used 2 times"):
+        report.main([evals[0], f"ci={evals[1]}", *out])
+    with pytest.raises(RecipeError, match=r"'CI' is none of the evaluations: ci, Vision-R1"):
+        report.main([*evals, "--baseline", "CI", *out])
+    for content in ("{", '{"rouge": 1}'):
+        (tmp_path / "ci" / "eval" / "summary.json").write_text(content)
+        with pytest.raises(RecipeError, match=r"can't read .*ci/eval"):
+            report.main([evals[0], *out])
+    assert not (tmp_path / "out").exists()
+
+    imported = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(RecipeError, match=r"matplotlib is missing: pip install 'vision-r1-recipes\[report\]'"):
+        report.main([evals[1], *out])
+
+
+def test_as_a_script(tmp_path):
+    run = subprocess.run([sys.executable, report.__file__, "x=nowhere"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.strip().endswith("Give a run or an evaluation, or label=folder.")
+    assert "Traceback" not in run.stderr
