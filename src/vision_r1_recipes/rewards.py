@@ -1,0 +1,80 @@
+"""Vision-R1's rewards: HFRRF (format and answer, all or nothing) and the soft pair of Vision-R1-Zero."""
+
+from .grading import check_gold, grade, strip_prefix
+
+
+__all__ = ["accuracy_reward", "check_gold", "format_reward", "grade", "hfrrf", "parse_format"]
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
+
+
+def parse_format(text: str) -> str | None:
+    """Text of the answer when the format is right, else `None` `[paper]`.
+
+    Right is `<think> ... </think><answer> ... </answer>`: each tag exactly once, in this order, only white space
+    around and between, a non-empty answer. The optional prefix `Final Answer:` is stripped `[repo]`, and an
+    end-of-turn token after the last tag is tolerated. Empty thinking is not an error of format.
+    """
+    text = text.strip()
+    while text.endswith(END_OF_TURN):
+        text = text[: text.rindex("<")].rstrip()
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return None
+    starts = [text.index(tag) for tag in TAGS]
+    between = text[starts[1] + len(TAGS[1]) : starts[2]]
+    if starts != sorted(starts) or starts[0] or not text.endswith(TAGS[3]) or between.strip():
+        return None
+    return strip_prefix(text[starts[2] + len(TAGS[2]) : starts[3]]) or None
+
+
+def _last_answer(text: str) -> str | None:
+    end = text.rfind(TAGS[3])
+    start = text.rfind(TAGS[2], 0, max(end, 0))
+    return strip_prefix(text[start + len(TAGS[2]) : end]) or None if start >= 0 else None
+
+
+def _texts(completions: list) -> list[str]:
+    contents = [c if isinstance(c, str) else c[-1]["content"] if c else "" for c in completions]
+    return [c if isinstance(c, str) else "".join(block.get("text") or "" for block in c or ()) for c in contents]
+
+
+def _log(log_metric, name: str, values: list[float]) -> None:
+    if log_metric and values:
+        log_metric(name, sum(values) / len(values))
+
+
+def hfrrf(completions: list, solution: list[str], log_metric=None, **kwargs) -> list[float]:
+    """Hard formatting result reward function: 1.0 when format and final answer are right, else 0.0 `[paper]`.
+
+    Args:
+        completions: N completions, each a list of messages (content: text, or a list of text blocks) or plain text.
+        solution: N gold answers.
+        log_metric: TRL's hook. Gets `format_rate` and `accuracy_rate` (answer right, whatever the format).
+
+    Returns:
+        N rewards. Raises `ValueError` for a gold that can't be graded.
+    """
+    formats = format_reward(completions, log_metric=log_metric)
+    right = accuracy_reward(completions, solution, log_metric=log_metric)
+    return [form * answer for form, answer in zip(formats, right, strict=True)]
+
+
+def format_reward(completions: list, log_metric=None, **kwargs) -> list[float]:
+    """1.0 where the format is right (see `parse_format`), else 0.0; half of Zero's soft reward `[paper]`."""
+    rewards = [float(parse_format(text) is not None) for text in _texts(completions)]
+    _log(log_metric, "format_rate", rewards)
+    return rewards
+
+
+def accuracy_reward(completions: list, solution: list[str], log_metric=None, **kwargs) -> list[float]:
+    """1.0 where the answer is right (see `grade`), else 0.0; half of Zero's soft reward `[paper]`.
+
+    The answer is taken from the last `<answer> ... </answer>` where the format is wrong.
+    """
+    rewards = []
+    for text, gold in zip(_texts(completions), solution, strict=True):
+        answer = parse_format(text) or _last_answer(text)
+        rewards.append(float(answer is not None and grade(gold, answer)))
+    _log(log_metric, "accuracy_rate", rewards)
+    return rewards
