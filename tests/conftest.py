@@ -1,11 +1,25 @@
+"""What all tests share: no network, a cache of their own, and one small toy world."""
+
+import os
+import shutil
+import tempfile
+
 import pytest
 
-from vision_r1_recipes.toy import build
+
+CACHE = tempfile.mkdtemp(prefix="vision-r1-tests-")
+os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before datasets is imported
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A small toy world, built once: the folder with `model/`, `base/`, `cold/` and `rl/`."""
+    """Folder of a small toy world: `model/`, `base/`, `cold/`, `rl/`."""
+    from vision_r1_recipes.toy import build
+
     folder = tmp_path_factory.mktemp("toy")
     build(folder, num_base=64, num_cold=64, num_train=64, num_test=32)
     return folder

@@ -46,6 +46,17 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the rows."})
 
 
+def refuse_below_one(config: Any, *names: str) -> None:
+    """Raise [`RecipeError`] when one of `names` is set and under 1."""
+    wrong = [
+        f"`{name}`: {value}, needs at least 1."
+        for name in names
+        if (value := getattr(config, name)) is not None and value < 1
+    ]
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+
+
 class _Launched:
     """Mixin: the number of training processes, known before anything is initialised."""
 
@@ -83,6 +94,7 @@ class VisionSFTConfig(_Launched, SFTConfig):
     def __post_init__(self):
         if self.global_batch_size is not None:
             refuse_derived(self, ("gradient_accumulation_steps",), "`global_batch_size`")
+            refuse_below_one(self, "global_batch_size", "per_device_train_batch_size")
             self.gradient_accumulation_steps = sft_accumulation(
                 self.global_batch_size, self.per_device_train_batch_size, self._num_processes()
             )
@@ -93,9 +105,16 @@ def sft_accumulation(global_batch_size: int, per_device_train_batch_size: int, w
     """Micro-steps per optimizer step; [`RecipeError`] with the arithmetic when it isn't a whole number."""
     rows = per_device_train_batch_size * world_size
     if global_batch_size % rows:
-        fits = [n for n in range(1, global_batch_size + 1) if global_batch_size % (n * world_size) == 0]
+        whole = range(1, global_batch_size + 1)
+        fits = [n for n in whole if global_batch_size % (n * world_size) == 0]
         near = sorted(fits, key=lambda n: abs(n - per_device_train_batch_size))[:3]
-        fix = f"per_device_train_batch_size: {', '.join(map(str, sorted(near)))}" if near else "a smaller world size"
+        name = "per_device_train_batch_size"
+        if not near:
+            fits = [n for n in whole if global_batch_size % (n * per_device_train_batch_size) == 0]
+            near = sorted(fits, key=lambda n: abs(n - world_size))[:3]
+            name = "processes"
+        fix = f"{name}: {', '.join(map(str, sorted(near)))}; " if near else ""
+        fix += f"global_batch_size: {max(global_batch_size // rows, 1) * rows}"
         raise RecipeError(
             f"global_batch_size = {global_batch_size} / (per_device_train_batch_size {per_device_train_batch_size} x "
             f"{world_size} processes) is {global_batch_size / rows:.4g}, not a whole number. What works: {fix}."
@@ -156,6 +175,10 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
     def __post_init__(self):
         if self.stages is not None:
             self._derive()
+        elif self.prompts_per_rollout is not None:
+            raise RecipeError(
+                "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."
+            )
         super().__post_init__()
 
     def _derive(self):
@@ -166,7 +189,18 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
             raise RecipeError(str(error)) from error
         if self.prompts_per_rollout is None:
             raise RecipeError("`stages` needs `prompts_per_rollout` (the authors' framework took 512).")
-        self.prompts_per_update = self.prompts_per_update or self.prompts_per_rollout
+        refuse_below_one(
+            self,
+            "prompts_per_rollout",
+            "prompts_per_update",
+            "per_device_train_batch_size",
+            "num_iterations",
+            "log_every_rollouts",
+            "save_every_rollouts",
+            "eval_every_rollouts",
+        )
+        if self.prompts_per_update is None:
+            self.prompts_per_update = self.prompts_per_rollout
         numbers, problems = batch_arithmetic(
             stages,
             self.prompts_per_rollout,

@@ -13,8 +13,10 @@ is truncated. Pictures stay undecoded until a row is read, and are bounded here 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,13 +31,15 @@ from qwen_vl_utils import fetch_image, smart_resize
 from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig
 
+from . import grading
 from .configs import DataArguments
+from .grading import check_gold
 from .recipe import RecipeError, check_keys
-from .rewards import check_gold
 
 
 MARKER = "<image>"
 SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit")
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _TURNS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 _FEATURES = {
@@ -77,7 +81,13 @@ def load_processor(
 
     The bounds are saved with every checkpoint, so that a trained model is evaluated on what it was trained on.
     """
-    processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
+    try:
+        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"`model_name_or_path`: {model_name_or_path} is neither a folder with a model and its processor (train or "
+            f"download it first) nor a Hub id that this machine can reach. {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(processor, ProcessorMixin):
         raise RecipeError(
             f"`model_name_or_path`: {model_name_or_path} has no image processor: a vision-language model is needed."
@@ -167,6 +177,7 @@ def load_rows(
                     bounds=bounds,
                     system_prompt=system_prompt,
                     max_length=max_length,
+                    stamp=_stamp(rows, folder),
                 ),
                 with_indices=True,
                 remove_columns=rows.column_names,
@@ -181,7 +192,7 @@ def load_rows(
     for reason, detail in zip(reasons, details, strict=True):
         if reason and len(report.examples.setdefault(reason, [])) < 20:
             report.examples[reason].append(detail)
-    share = 1 - report.kept / max(report.read, 1)
+    share = (report.read - report.kept) / max(report.read, 1)
     if not report.kept or share > max_dropped_share:
         raise RecipeError(
             f"{share:.1%} of the rows had to be dropped, `max_dropped_share` allows {max_dropped_share:.1%}. Mend the "
@@ -192,11 +203,43 @@ def load_rows(
     return rows.with_transform(partial(_decode, bounds=bounds)), report
 
 
+def check_source(source: Mapping[str, Any], where: str) -> None:
+    """Raise [`RecipeError`] when `source` has no path, an unknown key, or a limit that is no number of rows."""
+    if not isinstance(source, Mapping):
+        raise RecipeError(f"{where}: {source!r}: write {{path: {source}}}.")
+    check_keys(dict(source), SOURCE_KEYS, f"{where}.")
+    if not isinstance(source.get("path"), str):
+        raise RecipeError(f"{where} has no `path`: {dict(source)}.")
+    limit = source.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise RecipeError(f"{where}: `limit`: {limit!r}, needs a whole number of at least 1.")
+
+
+def _stamp(rows: Dataset, folder: str) -> str:
+    """
+    Changes with the picture files and with this code: `datasets` keeps the checked rows, and would go on to drop a
+    picture that has been mended, or to keep one that is gone.
+    """
+    digest = hashlib.sha256()
+    for code in (__file__, grading.__file__):
+        digest.update(Path(code).read_bytes())
+    for column in sorted({"image", "images"} & set(rows.column_names)):
+        feature = rows.features[column]
+        if getattr(feature.feature if isinstance(feature, List) else feature, "dtype", None) != "string":
+            continue  # embedded
+        for value in rows[column][:]:
+            for name in [value] if isinstance(value, str) else filter(None, value or []):
+                try:
+                    stat = os.stat(os.path.join(folder, name))
+                    digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns};".encode())
+                except OSError:
+                    digest.update(f"{name};".encode())
+    return digest.hexdigest()
+
+
 def _read(source: Mapping[str, Any], kind: str, where: str):
     """`(rows, converter, image folder)` of one source."""
-    check_keys(dict(source), SOURCE_KEYS, f"{where}.")
-    if "path" not in source:
-        raise RecipeError(f"{where} has no `path`: {dict(source)}.")
+    check_source(source, where)
     path, split = Path(source["path"]), source.get("split", "train")
     files = source.get("data_files")
     files = [files] if isinstance(files, str) else files
@@ -206,8 +249,10 @@ def _read(source: Mapping[str, Any], kind: str, where: str):
             absent = [name for name in paths if not Path(name).is_file()]
             if absent:
                 raise FileNotFoundError(f"no file {', '.join(absent)}")
-            builder = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}[Path(paths[0]).suffix]
-            rows = load_dataset(builder, data_files=paths, split="train")
+            suffix = Path(paths[0]).suffix
+            if suffix not in BUILDERS:
+                raise ValueError(f"{paths[0]} is not a .parquet, .json or .jsonl file")
+            rows = load_dataset(BUILDERS[suffix], data_files={split.partition("[")[0]: paths}, split=split)
         else:
             rows = load_dataset(source["path"], source.get("name"), data_files=files, split=split)
     except Exception as error:
@@ -250,14 +295,21 @@ class _Drop(Exception):
 
 
 def _from_geometry3k(row):
-    if not (row["answer"] or "").strip():
+    answer = "" if row["answer"] is None else str(row["answer"])
+    if not answer.strip():
         raise _Drop("empty answer")
-    return [("user", row["problem"] or "")], row["answer"], row["images"] or []
+    return [("user", row["problem"] or "")], answer, _pictures(row["images"])
+
+
+def _pictures(images) -> list[dict[str, Any]]:
+    """One picture or a list, each a path or `{bytes, path}`, as a list of the latter."""
+    images = [] if images is None else [images] if isinstance(images, (str, dict)) else images
+    return [image if isinstance(image, dict) else {"path": image, "bytes": None} for image in images]
 
 
 def _from_conversations(row):
     turns = []
-    for turn in row["conversations"]:
+    for turn in row["conversations"] or []:
         if turn["from"] not in ROLES:
             raise _Drop("unknown role", f"from: {turn['from']!r}")
         turns.append((ROLES[turn["from"]], turn["value"] or ""))
@@ -266,9 +318,7 @@ def _from_conversations(row):
         raise _Drop("not one question and one answer", f"turns: {', '.join(roles)}")
     if not turns[-1][1].strip():
         raise _Drop("empty answer")
-    images = row["images"] if row.get("images") is not None else row.get("image")
-    images = [] if images is None else [images] if isinstance(images, (str, dict)) else images
-    return turns[:-1], turns[-1][1], [{"path": i, "bytes": None} if isinstance(i, str) else i for i in images]
+    return turns[:-1], turns[-1][1], _pictures(row["images"] if row.get("images") is not None else row.get("image"))
 
 
 def _from_ready(row):
@@ -278,22 +328,27 @@ def _from_ready(row):
         if isinstance(messages, str):
             return [(role, messages)]
         flat = []
-        for message in messages:
-            content = message["content"]
+        for message in messages or []:
+            content = message["content"] or ""
             if not isinstance(content, str):
                 content = "".join(MARKER if part["type"] == "image" else part["text"] for part in content)
             flat.append((message["role"], content))
         return flat
 
     prompt = turns(row["prompt"], "user")
-    target = row["solution"] if "solution" in row else turns(row["completion"], "assistant")[-1][1]
-    if not (target or "").strip():
+    if "solution" in row:
+        target = "" if row["solution"] is None else str(row["solution"])
+    else:
+        completion = turns(row["completion"], "assistant")
+        if len(completion) != 1:
+            raise _Drop("not one question and one answer", f"completion: {', '.join(role for role, _ in completion)}")
+        target = completion[0][1]
+    if not target.strip():
         raise _Drop("empty answer")
-    images = row["images"] or []
-    return prompt, target, [{"path": i, "bytes": None} if isinstance(i, str) else i for i in images]
+    return prompt, target, _pictures(row["images"])
 
 
-def _convert_row(row, index, convert, folder, kind, processor, bounds, system_prompt, max_length):
+def _convert_row(row, index, convert, folder, kind, processor, bounds, system_prompt, max_length, stamp):
     name = str(row.get("id") or f"row {index}")
     empty = {"solution": ""} if kind == "rl" else {"completion": []}
     try:
@@ -335,7 +390,7 @@ def _check_image(image: Mapping[str, Any], folder: str, bounds: Mapping[str, int
     """The stored picture with its size after resizing; decodes it once, so that a run can't die on it later."""
     path = image["path"]
     if image["bytes"] is None:
-        path = str(Path(folder, path).absolute())
+        path = str(Path(folder, path or "").absolute())
         if not Path(path).is_file():
             raise _Drop("missing image", path)
     try:
@@ -345,7 +400,10 @@ def _check_image(image: Mapping[str, Any], folder: str, bounds: Mapping[str, int
     except Exception as error:
         raise _Drop("broken image", f"{path or 'embedded'}: {error}") from error
     try:
-        height, width = smart_resize(height, width, **bounds)
+        for _ in range(2):  # once when the row is read, once in the processor
+            height, width = smart_resize(height, width, **bounds)
+            if not height * width:  # the rule rounds the short side of a thin picture down to nothing
+                raise ValueError(f"too thin for {bounds['max_pixels']} pixels")
     except ValueError as error:
         raise _Drop("impossible image size", f"{path or 'embedded'}: {error}") from error
     return {"bytes": image["bytes"], "path": path, "height": height, "width": width}
@@ -361,6 +419,8 @@ def _without_nulls(messages: list[dict]) -> list[dict]:
 
 def _count_tokens(messages, images, kind, processor, bounds) -> int:
     text = processor.apply_chat_template(_without_nulls(messages), tokenize=False, add_generation_prompt=kind == "rl")
+    if text.count(processor.image_token) != len(images):
+        raise _Drop("image markers don't match the images", f"the text holds the model's own {processor.image_token}")
     in_pictures = sum(image["height"] * image["width"] // bounds["factor"] ** 2 - 1 for image in images)
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + in_pictures
 

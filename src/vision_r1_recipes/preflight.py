@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
-from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
+from .configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig
+from .data import check_source
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
 from .recipe import RecipeError, load, merge, parse, parse_overrides
 
@@ -95,6 +96,14 @@ def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig
         problems.append(
             "`save_only_model`: true leaves the optimizer out of the checkpoints: no run could be resumed. Remove it."
         )
+    for key, sources in (("datasets", data.datasets), ("eval_datasets", data.eval_datasets)):
+        for i, source in enumerate(sources or []):
+            try:
+                check_source(source, f"{key}[{i}]")
+            except RecipeError as error:
+                problems.append(str(error))
+    if not 0 <= data.max_dropped_share <= 1:
+        problems.append(f"`max_dropped_share`: {data.max_dropped_share} is a share: from 0 to 1.")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         problems.append(f"`min_pixels` {data.min_pixels} is over `max_pixels` {data.max_pixels}.")
     if args.remove_unused_columns and "remove_unused_columns" in values:
@@ -102,9 +111,20 @@ def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig
     return problems
 
 
+def _derived_problems(values: dict, names: Sequence[str], because: str) -> list[str]:
+    # The config refuses other values than the default, but can't know whether the default was asked for.
+    return [
+        f"`{key}`: {values[key]!r} can't stand beside {because}: it is derived. Remove it."
+        for key in names
+        if key in values
+    ]
+
+
 def sft_problems(values: dict, data: DataArguments, args: VisionSFTConfig, model: ModelConfig) -> list[str]:
     """Everything wrong with an SFT recipe."""
     problems = _common_problems(values, data, args, model)
+    if args.global_batch_size is not None:
+        problems += _derived_problems(values, ("gradient_accumulation_steps",), "`global_batch_size`")
     if args.packing or args.padding_free:
         problems.append("`packing` and `padding_free` are not supported for rows with pictures. Remove them.")
     limit = _positions(model)
@@ -118,6 +138,7 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
     problems = _common_problems(values, data, args, model)
     if args.stages is None:
         return [*problems, "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."]
+    problems += _derived_problems(values, GRPO_DERIVED, "`stages`")
     if bool(data.eval_datasets) != bool(args.eval_every_rollouts):
         problems.append("`eval_datasets` and `eval_every_rollouts` only work together: give both, or neither.")
     longest = longest_sequence(data, args)
@@ -168,7 +189,7 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[str, list[str]]:
         The plan as text, and all problems found.
     """
     recipe = merge(load(argv[0]), parse_overrides(argv[1:]))
-    is_grpo = "stages" in recipe
+    is_grpo = not recipe.keys().isdisjoint(("stages", "prompts_per_rollout"))
     config_class = planned(VisionGRPOConfig if is_grpo else VisionSFTConfig, world_size)
     try:
         values, data, args, model = parse([*argv, "--use_cpu", "true"], (DataArguments, config_class, ModelConfig))
@@ -214,7 +235,8 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[str, list[str]]:
     lines = [
         f"{argv[0]} on {world_size} process(es): GRPO of {model.model_name_or_path}, reward {args.reward}",
         f"{args.prompts_per_rollout} prompts per rollout, {args.prompts_per_update} per update; "
-        f"{numbers.micro_steps_per_update} micro-steps per update, {numbers.updates_per_rollout} update(s) per rollout; "
+        f"{numbers.micro_steps_per_update} micro-steps per update, "
+        f"{numbers.updates_per_rollout} update(s) per rollout; "
         f"{num_rollouts(stages)} rollouts, {args.max_steps} optimizer steps, "
         f"{num_rollouts(stages) * args.prompts_per_rollout:,} prompts",
         "",

@@ -141,10 +141,17 @@ def batch_arithmetic(
     micro_steps = Fraction(prompts_per_update * first, world_size * micro)
     if micro_steps.denominator != 1:
         fits = [m for m in fits_stages if prompts_per_update * first % (world_size * m) == 0]
+        key, values, now = "per_device_train_batch_size", fits, micro
+        if not fits:
+            key, now = "prompts_per_update", prompts_per_update
+            values = [n for n in _divisors(prompts_per_rollout) if n * first % (world_size * micro) == 0]
+        if not values:
+            key, now = "world sizes", world_size
+            values = [w for w in _divisors(prompts_per_rollout) if prompts_per_update * first % (w * micro) == 0]
         problems.append(
             f"prompts_per_update = {prompts_per_update} x num_generations {first} / ({world_size} processes x "
             f"per_device_train_batch_size {micro}) is {float(micro_steps):.4g} micro-steps per update, not a whole "
-            f"number. Nearest per_device_train_batch_size: {_nearest(fits, micro)}."
+            f"number. Nearest {key}: {_nearest(values, now)}."
         )
     if problems:
         return None, problems
@@ -166,7 +173,7 @@ def _divisors(n: int) -> list[int]:
 
 def _nearest(values: list[int], to: int, count: int = 3) -> str:
     near = sorted(sorted(values, key=lambda value: abs(value - to))[:count])
-    return ", ".join(map(str, near)) or "none, change another number"
+    return ", ".join(map(str, near)) or "none alone, change two numbers"
 
 
 class PTSTCallback(TrainerCallback):

@@ -18,9 +18,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -73,14 +75,17 @@ def load(path: str | Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"no recipe at {path}{named}.{hint}")
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
-    except yaml.YAMLError as error:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold `key: value` lines, found {type(content).__name__}.")
     base = content.pop("base", None)
     if base is None:
         return content
+    if not isinstance(base, str):
+        raise RecipeError(f"`base`: {base!r} in {path}: name one file, relative to this one.")
     return merge(load(path.parent / base, (*_children, path)), content)
 
 
@@ -91,6 +96,12 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     key, values = None, []
 
+    def read(text: str) -> Any:
+        try:
+            return yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"`{key}`: {text!r} is not valid YAML. Quote text: --{key} '\"...\"'.") from error
+
     def close():
         if key is not None:
             overrides[key] = values[0] if len(values) == 1 else values or True
@@ -99,11 +110,11 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
         if arg.startswith("--") and len(arg) > 2:
             close()
             key, equals, value = arg[2:].partition("=")
-            key, values = key.replace("-", "_"), [yaml.load(value, Loader=_Loader)] if equals else []
+            key, values = key.replace("-", "_"), [read(value)] if equals else []
         elif key is None:
             raise RecipeError(f"unexpected argument {arg!r}: overrides are written `--key value`.")
         else:
-            values.append(yaml.load(arg, Loader=_Loader))
+            values.append(read(arg))
     close()
     return overrides
 
@@ -123,15 +134,45 @@ def check_keys(recipe: dict[str, Any], valid: Iterable[str], where: str = "") ->
         raise RecipeError("\n".join(problems))
 
 
-def _check_type(action: argparse.Action, value: Any) -> str | None:
-    """A sentence when `value`, as YAML gave it, can't be what `action` takes. Strings are left to argparse."""
-    if value is None or isinstance(value, str) or action.nargs in ("+", "*"):
-        return None
-    wrong = isinstance(value, (list, dict)) and action.type in (int, float, str)
-    wrong = wrong or (action.type is int and (isinstance(value, bool) or value != int(value)))
-    wrong = wrong or (action.type is float and isinstance(value, bool))
-    expected = getattr(action.type, "__name__", action.type)
-    return f"`{action.dest}`: {value!r} is not a value of type {expected}." if wrong else None
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`. Text is not a number here."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, option) for option in inner)
+    if kind is Literal:
+        return value in inner
+    if kind is list:  # those of dicts have checks of their own, with better messages
+        return isinstance(value, list) and (inner[0] is dict or all(_fits(item, inner[0]) for item in value))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not isinstance(kind, type):  # `Any` and the like
+        return True
+    return isinstance(value, str if issubclass(kind, Enum) else kind)
+
+
+def _settle(key: str, value: Any, hint: Any, choices: Iterable | None) -> tuple[Any, str | None]:
+    """
+    `value` as a field of type `hint` takes it, and a sentence when there is no such value. One item makes a list, 8.0
+    is a whole number, and numbers written as text are left to argparse.
+    """
+    if isinstance(value, float) and value.is_integer() and not _fits(value, hint):
+        value = int(value)
+    if not _fits(value, hint) and _fits([value], hint):
+        value = [value]
+    if choices is not None and value is not None and value not in choices:
+        return value, f"`{key}`: {value!r} is not one of {', '.join(map(str, choices))}."
+    listed = any(get_origin(option) is list for option in (hint, *get_args(hint)))
+    if _fits(value, hint) or (isinstance(value, str) and not listed):
+        return value, None
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return value, None
+    expected = getattr(hint, "__name__", None) if isinstance(hint, type) and not get_args(hint) else str(hint)
+    fix = ""
+    if isinstance(value, bool):
+        fix = " YAML reads a bare yes, no, on or off as true or false: put text in quotes."
+    elif _fits("", hint):
+        fix = " Put text in quotes."
+    return value, f"`{key}`: {value!r} is not a value of type {expected}.{fix}"
 
 
 def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
@@ -159,7 +200,11 @@ def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
     parser = TrlParser(dataclass_types)
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     check_keys(recipe, actions)
-    problems = [problem for key, value in recipe.items() if (problem := _check_type(actions[key], value))]
+    hints = {key: hint for kind in dataclass_types for key, hint in get_type_hints(kind).items()}
+    problems = []
+    for key, value in recipe.items():
+        recipe[key], problem = _settle(key, value, hints[key], actions[key].choices)
+        problems += [problem] if problem else []
     if problems:
         raise RecipeError("\n".join(problems))
     parser.set_defaults_with_config(**recipe)
@@ -221,9 +266,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (expand, get, plan):
         command.add_argument("recipe")
     get.add_argument("key", help="a dot goes into a dict or a list: stages.0.steps")
-    plan.add_argument("--world-size", "--gpus", type=int, default=1, help="number of training processes (GPUs)")
+    plan.add_argument(
+        "--world-size", "--world_size", "--gpus", type=int, default=1, help="number of training processes (GPUs)"
+    )
     args, rest = parser.parse_known_args(argv)
     try:
+        if args.command == "plan" and args.world_size < 1:
+            raise RecipeError(f"--world-size: {args.world_size}, needs at least 1.")
         if args.command == "plan":
             from .preflight import plan as make_plan
 

@@ -1,0 +1,394 @@
+"""Recipes: inheritance, types, overrides, the command line, and every file under recipes/."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig
+
+from vision_r1_recipes import recipe
+from vision_r1_recipes.configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
+from vision_r1_recipes.recipe import RecipeError, load, parse, parse_overrides
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if "accelerate" not in p.parts)
+RUNS = [p for p in RECIPES if "base" not in p.parts]
+GRPO, SFT = (DataArguments, VisionGRPOConfig, ModelConfig), (DataArguments, VisionSFTConfig, ModelConfig)
+MINIMAL = """
+output_dir: out
+use_cpu: true
+bf16: false
+prompts_per_rollout: 4
+per_device_train_batch_size: 4
+datasets: [{path: x}]
+stages: [{max_completion_length: 8, num_generations: 4, steps: 2}]
+"""
+
+
+def name(path):
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(file, text):
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+# Inheritance
+
+
+def test_inheritance_is_deep_and_relative(write):
+    write("a/base.yaml", "x: 1\nd: {a: 1, in: {p: 1, q: 2}}\nl: [{k: 1}, {k: 2}]\ny: keep\n")
+    write("a/middle.yaml", "base: base.yaml\nx: 2\nd: {in: {q: 3}}\n")
+    child = write("b/child.yaml", "base: ../a/middle.yaml\nl: [{k: 9}]\nd: {b: 4}\nz: null\n")
+    assert load(child) == {
+        "x": 2,
+        "d": {"a": 1, "b": 4, "in": {"p": 1, "q": 3}},
+        "l": [{"k": 9}],
+        "y": "keep",
+        "z": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-6", 1e-6),
+        ("1E6", 1e6),
+        ("-2.5e+3", -2500.0),
+        ("1.0e-6", 1e-6),
+        ("1e", "1e"),
+        ("'1e-6'", "1e-6"),
+        ("e5", "e5"),
+    ],
+)
+def test_yaml_numbers(write, text, value):
+    assert load(write("r.yaml", f"x: {text}")) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("base: nonne.yaml", ["nonne.yaml", "r.yaml", "Did you mean none.yaml"]),
+        ("base: none.yaml", ["circle of bases", "none.yaml -> ", "r.yaml -> "]),
+        ("base: [a.yaml]", ["`base`", "['a.yaml']", "r.yaml"]),
+        ("- a\n- b", ["r.yaml", "key: value", "list"]),
+        ("", ["r.yaml", "NoneType"]),
+        ("a: {", ["r.yaml", "not valid YAML"]),
+        ("a: 1\nb: 2\na: 3", ["repeated key a", "r.yaml"]),
+        ("d: {k: 1, k: 2}", ["repeated key k", "r.yaml"]),
+    ],
+)
+def test_broken_files(write, text, parts):
+    write("none.yaml", "base: r.yaml\n")
+    path = write("r.yaml", text)
+    with pytest.raises(RecipeError) as error:
+        load(path)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_missing_recipe_names_near_ones():
+    with pytest.raises(RecipeError, match=r"no recipe at .*ptts.yaml.*Did you mean ptst.yaml"):
+        load(ROOT / "recipes" / "ptts.yaml")
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load(tmp_path / "r.yaml")
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--seed", "3"], {"seed": 3}),
+        (["--seed=3"], {"seed": 3}),
+        (["--learning-rate", "1e-5"], {"learning_rate": 1e-5}),
+        (["--bf16"], {"bf16": True}),
+        (["--bf16", "--seed", "1"], {"bf16": True, "seed": 1}),
+        (["--system_prompt="], {"system_prompt": None}),
+        (["--beta", "-1"], {"beta": -1}),
+        (["--reward_weights", "0.5", "1"], {"reward_weights": [0.5, 1]}),
+        (["--stages", "[{steps: 1}, {steps: 2}]"], {"stages": [{"steps": 1}, {"steps": 2}]}),
+        (["--stages", "{steps: 1}", "{steps: 2}"], {"stages": [{"steps": 1}, {"steps": 2}]}),
+        (["--model_init_kwargs", "{a: {b: 1}}"], {"model_init_kwargs": {"a": {"b": 1}}}),
+        (["--x=a=b"], {"x": "a=b"}),
+    ],
+)
+def test_overrides(argv, expected):
+    assert parse_overrides(argv) == expected
+
+
+@pytest.mark.parametrize("argv, part", [(["3"], "'3'"), (["--p", "a: b: c"], "`p`"), (["--p={a"], "`p`")])
+def test_broken_overrides(argv, part):
+    with pytest.raises(RecipeError, match=part):
+        parse_overrides(argv)
+
+
+@pytest.mark.parametrize("form", ["{r} --seed 7", "--config {r} --seed 7", "--seed 7 --config {r}", "{r} --seed=7"])
+def test_command_line_forms(write, form):
+    values, data, args, _ = parse(form.format(r=write("r.yaml", MINIMAL)).split(), GRPO)
+    assert (values["seed"], args.seed, data.datasets) == (7, 7, [{"path": "x"}])
+
+
+@pytest.mark.parametrize("argv", [[], ["--seed", "7"], ["--config"], ["r.yaml", "more.yaml"]])
+def test_no_recipe(write, argv):
+    argv = [write(a, MINIMAL) if a == "r.yaml" else a for a in argv]
+    with pytest.raises(RecipeError, match=r"name a recipe first|unexpected argument"):
+        parse(argv, GRPO)
+
+
+# Keys and types
+
+
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("num_generation", "num_generations"),
+        ("max_competion_length", "max_completion_length"),
+        ("learing_rate", "learning_rate"),
+        ("prompt_per_rollout", "prompts_per_rollout"),
+        ("max_pixel", "max_pixels"),
+        ("model_name_or_pth", "model_name_or_path"),
+    ],
+)
+def test_unknown_key(write, key, near):
+    with pytest.raises(RecipeError, match=f"unknown key `{key}`: 1; did you mean `{near}`"):
+        parse([write("r.yaml", MINIMAL + f"{key}: 1\n")], GRPO)
+
+
+def test_all_unknown_keys_are_named(write):
+    with pytest.raises(RecipeError, match=r"(?s)`qqqq`.*remove it.*`sed`.*`seed`"):
+        parse([write("r.yaml", MINIMAL + "qqqq: 1\nsed: 2\n")], GRPO)
+
+
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        ("seed", "[1]"),
+        ("seed", "'1.5'"),
+        ("seed", "1.5"),
+        ("seed", "true"),
+        ("seed", ".inf"),
+        ("seed", "null"),
+        ("learning_rate", "abc"),
+        ("learning_rate", "true"),
+        ("learning_rate", "{a: 1}"),
+        ("use_vllm", "3"),
+        ("use_vllm", "maybe"),
+        ("output_dir", "5"),
+        ("run_name", "2025-01-01"),
+        ("report_to", "no"),
+        ("save_strategy", "no"),
+        ("reward_weights", "[a, b]"),
+        ("reward", "soft_pair"),
+        ("dtype", "bf16"),
+        ("lr_scheduler_type", "constnt"),
+        ("stages", "5"),
+        ("prompts_per_rollout", "0"),
+        ("prompts_per_update", "0"),
+        ("prompts_per_update", "-2"),
+        ("per_device_train_batch_size", "0"),
+        ("num_iterations", "0"),
+        ("log_every_rollouts", "0"),
+        ("save_every_rollouts", "0"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(write, key, text):
+    with pytest.raises(RecipeError) as error:
+        parse([write("r.yaml", MINIMAL), f"--{key}={text}"], GRPO)
+    assert key in str(error.value)
+    value = yaml.safe_load(text)
+    assert str(value) in str(error.value) or repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("seed", "8.0", 8),
+        ("learning_rate", "1", 1.0),
+        ("learning_rate", "'1e-6'", 1e-6),
+        ("system_prompt", "null", None),
+        ("reward_weights", "0.5", [0.5]),
+        ("report_to", "wandb", ["wandb"]),
+        ("report_to", "[wandb, tensorboard]", ["wandb", "tensorboard"]),
+        ("model_init_kwargs", "{a: 1}", {"a": 1}),
+        ("gradient_checkpointing_kwargs", "{use_reentrant: false}", {"use_reentrant": False}),
+        ("lora_target_modules", "all-linear", "all-linear"),
+        ("datasets", "{path: y}", [{"path": "y"}]),
+        ("resume_from_checkpoint", "true", True),
+        ("max_grad_norm", "1e0", 1.0),
+    ],
+)
+def test_right_values_arrive(write, key, text, value):
+    parsed = parse([write("r.yaml", MINIMAL), f"--{key}={text}"], GRPO)
+    got = next(getattr(part, key) for part in parsed[1:] if hasattr(part, key))
+    assert got == value and (isinstance(value, float) or type(got) is type(value))
+
+
+# Saving
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_saved_copy_loads_the_same(tmp_path, path):
+    values = load(path)
+    recipe.save(values, tmp_path)
+    assert load(tmp_path / "recipe.yaml") == values
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert set(recipe.PACKAGES) <= set(environment["packages"]) and environment["packages"]["trl"]
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert environment["git_commit"] == (git.stdout.strip() if git.returncode == 0 else None)
+
+
+# The command line
+
+
+def command(capsys, *argv):
+    code = recipe.main([str(arg) for arg in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_expand_and_get(capsys):
+    path = ROOT / "recipes" / "ptst.yaml"
+    code, out, _ = command(capsys, "expand", path, "--seed", "5")
+    assert code == 0 and yaml.safe_load(out) == {**load(path), "seed": 5}
+    for key, value in [
+        ("output_dir", "runs/ptst"),
+        ("stages.1.steps", "100"),
+        ("use_vllm", "true"),
+        ("stages.0", "{"),
+    ]:
+        code, out, _ = command(capsys, "get", path, key)
+        assert code == 0 and (out.strip() == value or yaml.safe_load(out) == load(path)["stages"][0])
+    assert command(capsys, "get", path, "seed", "--seed", "5")[:2] == (0, "5\n")
+    for key in ("nope", "stages.2.steps", "stages.x", "output_dir.a", "stages.0.nope"):
+        code, _, err = command(capsys, "get", path, key)
+        assert code == 2 and key in err
+
+
+@pytest.mark.parametrize("argv", [["expand", "none.yaml"], ["plan", "none.yaml"]])
+def test_missing_file_on_the_command_line(capsys, argv):
+    code, _, err = command(capsys, *argv)
+    assert code == 2 and "none.yaml" in err
+
+
+@pytest.mark.parametrize("world", ["0", "-1"])
+def test_plan_needs_processes(capsys, world):
+    code, _, err = command(capsys, "plan", ROOT / "recipes" / "ptst.yaml", "--gpus", world)
+    assert code == 2 and world in err
+
+
+def worlds(path):
+    if "toy" in path.parts:
+        return [1]
+    return [8, 32] if path.name == "cold_start.yaml" else [8, 64]
+
+
+@pytest.mark.parametrize(
+    "path, world", [(p, w) for p in RUNS for w in worlds(p)], ids=lambda v: v if isinstance(v, int) else name(v)
+)
+def test_every_recipe_plans(capsys, path, world):
+    code, out, _ = command(capsys, "plan", path, "--world-size", world)
+    assert code == 0, out
+    assert "problem" not in out and f"{world} process" in out
+
+
+def test_plan_refuses_and_says_what_works(capsys):
+    path = ROOT / "recipes" / "cold_start.yaml"
+    code, out, _ = command(capsys, "plan", path, "--gpus", "64")
+    assert code == 2 and re.search(r"32 / \(per_device_train_batch_size 1 x 64 processes\).*processes: .*32", out)
+    assert command(capsys, "plan", path, "--gpus", "64", "--global_batch_size", "64")[0] == 0
+    code, out, _ = command(capsys, "plan", ROOT / "recipes" / "ptst.yaml", "--gpus", "60")
+    assert code == 2 and "64" in out and "2 problem(s)" in out
+
+
+def test_plan_of_a_base_asks_for_stages(capsys):
+    code, out, _ = command(capsys, "plan", ROOT / "recipes" / "base" / "grpo.yaml")
+    assert code == 2 and "`stages` is missing" in out
+
+
+# The recipes themselves
+
+
+def repeated(child, inherited, at=""):
+    for key, value in child.items():
+        if isinstance(value, dict) and isinstance(inherited.get(key), dict):
+            yield from repeated(value, inherited[key], f"{at}{key}.")
+        elif key in inherited and inherited[key] == value:
+            yield f"{at}{key}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_no_recipe_repeats_what_it_inherits(path):
+    child = yaml.load(path.read_text(), Loader=recipe._Loader)
+    inherited = load(path.parent / child["base"]) if "base" in child else {}
+    assert not list(repeated(child, inherited))
+
+
+BOOKKEEPING = {
+    "base",
+    "output_dir",
+    "seed",
+    "datasets",
+    "data_files",
+    "vllm_max_model_length",
+    "remove_unused_columns",
+}
+BOOKKEEPING |= {"report_to", "logging_steps", "log_completions", "log_unique_prompts", "log_multimodal"}
+BOOKKEEPING |= {"num_completions_to_print", "stages"}  # every stage has its own line, and its own tag
+TAG = re.compile(r"\[(paper|repo|author|easyr1|llamafactory|ours)\]")
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "toy" not in p.parts], ids=name)
+def test_values_carry_their_source(path):
+    lines = [line for line in path.read_text().splitlines() if re.match(r"(\w+:|  - \{)", line)]
+    untagged = [line for line in lines if line.split(":")[0] not in BOOKKEEPING and not TAG.search(line)]
+    assert not untagged
+
+
+PAPER = {
+    "ptst.yaml": {
+        "stages": [(4096, 16, 100), (8192, 8, 100)],
+        **{"prompts_per_rollout": 512, "prompts_per_update": 128, "learning_rate": 1e-6, "weight_decay": 0.01},
+        **{"beta": 0.01, "epsilon": 0.2, "scale_rewards": "group", "temperature": 1.0, "top_p": 1.0},
+        **{"max_prompt_length": 1024, "min_pixels": 262144, "max_pixels": 4194304, "repetition_penalty": 1.0},
+        **{"reward": "hfrrf", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 1.0},
+        **{"loss_type": "dapo", "mask_truncated_completions": False, "vllm_importance_sampling_correction": False},
+    },
+    "ablations/ptst_three_stages.yaml": {"stages": [(4096, 16, 100), (8192, 8, 100), (16384, 4, 100)], "beta": 0.01},
+    "long.yaml": {"stages": [(16384, 4, 300)], "reward": "hfrrf", "model_name_or_path": "runs/cold_start"},
+    "zero.yaml": {"stages": [(4096, 16, 300)], "reward": "soft", "reward_weights": [0.5, 0.5]},
+    "cold_start.yaml": {
+        **{"global_batch_size": 32, "learning_rate": 5e-6, "num_train_epochs": 2, "warmup_steps": 0.05},
+        **{"lr_scheduler_type": "cosine", "max_length": 16384, "max_pixels": 589824, "freeze_vision": True},
+    },
+}
+
+
+@pytest.mark.parametrize("file", PAPER)
+def test_science_is_the_papers(file):
+    values = load(ROOT / "recipes" / file)
+    values["stages"] = [tuple(stage.values()) for stage in values.get("stages", [])]
+    assert {key: values[key] for key in PAPER[file]} == PAPER[file]
+    assert "system_prompt" not in values or file == "zero.yaml"
+
+
+def test_system_prompt_of_zero():
+    from vision_r1_recipes.toy import ZERO_SYSTEM_PROMPT
+
+    for file in ("zero.yaml", "toy/zero.yaml"):
+        assert load(ROOT / "recipes" / file)["system_prompt"] == ZERO_SYSTEM_PROMPT
