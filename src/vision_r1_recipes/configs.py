@@ -222,3 +222,5 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
         self.save_steps = (self.save_every_rollouts or num_rollouts(stages)) * updates
         self.eval_strategy = "steps" if self.eval_every_rollouts else "no"
         self.eval_steps = self.eval_every_rollouts and self.eval_every_rollouts * updates
+        # One sample per question: TRL would take the group size of the first stage, and refuse most batch sizes.
+        self.num_generations_eval = self.num_generations_eval or 1

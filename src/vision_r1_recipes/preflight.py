@@ -247,6 +247,8 @@ def plan(argv: Sequence[str], world_size: int) -> tuple[str, list[str]]:
         "",
         f"longest sequence {longest_sequence(data, args) or 'unbounded (no max_prompt_length)'} tokens",
     ]
+    if model_config(model.model_name_or_path) is None:
+        lines.append(f"note: {model.model_name_or_path} is not here: its positions and heads were not checked.")
     if args.loss_type == "bnpo" and len(set(numbers.rows_per_micro_batch)) > 1:
         lines.append("warning: loss_type bnpo averages over the micro-batch, whose rows change between the stages.")
     return "\n".join(lines), grpo_problems(values, data, args, model)
