@@ -261,7 +261,7 @@ def questions(rng: random.Random, seen: set[bytes]) -> Iterator[Question]:
 
 # Completions.
 
-DOUBT = (0.20, 0.35, 0.50)  # share of chains with a second look, by grade
+DOUBT = (0.30, 0.45, 0.60)  # share of chains with a second look, by grade
 MISREAD_FIRST, MISREAD_LATER = 0.03, 0.40  # per row, at the first look and once in doubt
 TAIL = 1.0  # Pareto exponent of the number of further looks
 MAX_LOOKS = 10
