@@ -27,7 +27,7 @@ $(VENV)/installed: setup.cfg constraints.txt
 	@touch $@
 
 # One file per finished step, so that an interrupted demo goes on where it stopped.
-demo: $(TOY)/ptst/done $(TOY)/zero/done $(TOY)/cold_start/done $(TOY)/base/done
+demo: $(TOY)/base/done $(TOY)/cold_start/done $(TOY)/zero/done $(TOY)/ptst/done
 	$(BIN)/python -m vision_r1_recipes.report "Vision-R1-Zero=$(TOY)/zero" "Vision-R1=$(TOY)/ptst" \
 		--evals "Base=$(TOY)/base/eval" "Vision-R1-Zero=$(TOY)/zero/eval" "Vision-R1-CI=$(TOY)/cold_start/eval" \
 		"Vision-R1=$(TOY)/ptst/eval" --baseline Vision-R1-CI --output_dir runs/demo

@@ -88,20 +88,40 @@ def test_base_file_teaches_short_answers_and_the_zero_format(world):
     assert min(kinds[False, False], kinds[True, True], kinds[True, False]) > 0
 
 
-def test_pictures_with_questions_are_in_one_set_only(world):
-    splits = []
+def state(text: str, picture: Image.Image) -> tuple:
+    """The question and the colours of the cells, without tint and place of the marks."""
+    centres = [
+        (x * toy.CELL + toy.CELL // 2, y * toy.CELL + toy.CELL // 2) for y in range(toy.SIDE) for x in range(toy.SIDE)
+    ]
+    colours = {**toy.COLOURS, "none": (247, 247, 247)}
+    near = [
+        min(
+            colours, key=lambda name: sum(abs(a - b) for a, b in zip(picture.getpixel(at), colours[name], strict=True))
+        )
+        for at in centres
+    ]
+    return (text.removeprefix("<image>").removeprefix("Describe the picture, then answer: "), *near)
+
+
+def test_the_test_split_is_held_out(tmp_path):
+    toy.build(tmp_path, seed=100, num_base=600, num_cold=600, num_train=300, num_test=240)
+    splits = {}
     for split in ("train", "test"):
-        rows = load_dataset("parquet", data_files=str(world / "rl" / f"{split}.parquet"), split="train")
-        splits.append({(row["problem"], row["images"][0].tobytes()) for row in rows})
+        rows = load_dataset("parquet", data_files=str(tmp_path / "rl" / f"{split}.parquet"), split="train")
+        splits[split] = [state(row["problem"], row["images"][0].convert("RGB")) for row in rows]
     for folder, name, key in (
         ("base", "llava_cot", "image"),
         ("cold", "llava_cot", "image"),
         ("cold", "mulberry_sft", "images"),
     ):
-        rows = read(world / folder / f"vision_r1_{name}_full.json")
-        rows = [(row["conversations"][-2]["value"], Image.open(world / folder / row[key]).tobytes()) for row in rows]
-        splits.append(set(rows))
-    assert len(set.union(*splits)) == sum(map(len, splits)) == sum(SIZES.values())
+        rows = read(tmp_path / folder / f"vision_r1_{name}_full.json")
+        splits[folder + name] = [
+            state(row["conversations"][-2]["value"], Image.open(tmp_path / folder / row[key]).convert("RGB"))
+            for row in rows
+        ]
+    test = splits.pop("test")
+    assert len(set(test)) == len(test) == 240
+    assert not any(set(test) & set(other) for other in splits.values())
 
 
 @pytest.mark.parametrize("grade", [1, 2, 3])

@@ -132,7 +132,7 @@ def test_no_prompt_is_lost(rows, prompts, processes):
 @pytest.mark.parametrize("kind, steps", [("grpo", 10), ("sft", 4)])
 def test_resume_goes_on_bit_for_bit(recipes, tmp_path, kind, steps):
     """Weights, optimizer, data and RNG come back: the trace from a checkpoint on equals the uninterrupted one."""
-    every = ["--save_every_rollouts", "1"] if kind == "grpo" else ["--save_steps", "1"]
+    every = ["--save_every_rollouts", "1"] if kind == "grpo" else ["--save_strategy", "steps", "--save_steps", "1"]
     run = [str(recipes / f"{kind}.yaml"), *every, "--save_total_limit", "null"]
     main = {"grpo": grpo, "sft": sft}[kind].main
     main([*run, "--output_dir", str(tmp_path / "whole")])
@@ -154,7 +154,15 @@ def test_a_checkpoint_of_another_model_is_refused(recipes, toy, tmp_path, tied):
     from vision_r1_recipes import toy as world
 
     world.build(tmp_path / "world", seed=1, num_base=4, num_cold=4, num_train=4, num_test=2, tie_word_embeddings=tied)
-    run = [str(recipes / "sft.yaml"), "--save_steps", "2", "--model_name_or_path", str(tmp_path / "world/model")]
+    run = [
+        str(recipes / "sft.yaml"),
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--model_name_or_path",
+        str(tmp_path / "world/model"),
+    ]
     sft.main([*run, "--output_dir", str(tmp_path / "run")])
     resumed = [*run, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint"]
     sft.main([*resumed, str(tmp_path / "run/checkpoint-2")])  # a tied model has no lm_head.weight: that is no fault
@@ -312,6 +320,15 @@ def test_set_stage_reaches_the_generation_config(recipes, toy, tmp_path):
     assert trainer.generation_config.temperature == 1.0
 
 
+def test_evaluation_in_training(recipes, toy, tmp_path):
+    held_out = json.dumps([{"path": str(toy / "rl"), "split": "test", "limit": 4}])
+    run = [str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path), "--eval_datasets", held_out]
+    grpo.main([*run, "--eval_every_rollouts", "2"])
+    rows = [row for row in history(tmp_path) if "eval_reward" in row]
+    assert [row["rollout"] for row in rows] == [2, 4]
+    assert all(row["eval_completions/mean_length"] > 0 for row in rows)
+
+
 def test_collapse_runs():
     assert collapse_runs([1, 9, 9, 9, 2, 9, 3], 9) == [1, 9, 2, 9, 3]
     assert collapse_runs([9, 9], 9) == [9]
@@ -337,6 +354,7 @@ def test_two_processes(recipes, tmp_path, backend, kind):
     """DDP, ZeRO-2 and ZeRO-3 on two CPU processes, through `accelerate launch` as the README has it."""
     run = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / f"accelerate/{backend}.yaml"]
     run += ["--num_processes", "2", ROOT / f"src/vision_r1_recipes/{kind}.py", recipes / f"{kind}.yaml"]
+    run += ["--save_every_rollouts", "5"] if kind == "grpo" else ["--save_strategy", "steps", "--save_steps", "4"]
     done = subprocess.run(
         [sys.executable, *map(str, run), "--output_dir", str(tmp_path / "run")],
         capture_output=True,

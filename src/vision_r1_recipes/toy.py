@@ -212,10 +212,11 @@ def rectangle(rng: random.Random, grade: int) -> Question:
 
 
 def clock(rng: random.Random, grade: int) -> Question:
-    """Read the hour of a square clock, the hour some hours later, or the hours from one hand to another."""
-    colours = ("red", "blue") if grade == 3 else (rng.choice(list(COLOURS)),)
-    hours = rng.sample(range(1, 9), len(colours))
-    cells = {HOURS[hour % 8]: colour for hour, colour in zip(hours, colours, strict=True)}
+    """Read a hand of a square clock, the hour some hours later, or the hours from one hand to another."""
+    hands = rng.sample(list(COLOURS), 3 if grade == 3 else 2)
+    colours = hands[:2] if grade == 3 else hands[:1]
+    hours = rng.sample(range(1, 9), len(hands))
+    cells = {HOURS[hour % 8]: colour for hour, colour in zip(hours, hands, strict=True)}
     picture, draw = _canvas(rng)
     for cell, colour in cells.items():
         end = (cell[1] * CELL + CELL // 2, cell[0] * CELL + CELL // 2)
@@ -223,23 +224,23 @@ def clock(rng: random.Random, grade: int) -> Question:
         _dot(rng, draw, cell, colour)
     later = rng.randint(2, 4)
     text = (
-        "What hour does the clock show?",
-        f"What hour will it be in {later} hours?",
-        "How many hours is it from the red hand to the blue hand?",
+        f"What hour does the {colours[0]} hand show?",
+        f"What hour will the {colours[0]} hand show in {later} hours?",
+        f"How many hours is it from the {colours[0]} hand to the {colours[-1]} hand?",
     )[grade - 1]
 
     def work(grid: Grid) -> tuple[str, str]:
         read = [next((h or 8 for h, (y, x) in enumerate(HOURS) if grid[y][x] == colour), 8) for colour in colours]
-        hands = ", ".join(f"{colour} hand:{hour}" for colour, hour in zip(colours, read, strict=True))
+        reading = ", ".join(f"{colour} hand:{hour}" for colour, hour in zip(colours, read, strict=True))
         if grade == 1:
-            return hands, str(read[0])
+            return reading, str(read[0])
         if grade == 2:
             hour = read[0] + later
-            working = f"{hands}, {read[0]}+{later}={hour}" + (f", {hour}-8={hour - 8}" if hour > 8 else "")
+            working = f"{reading}, {read[0]}+{later}={hour}" + (f", {hour}-8={hour - 8}" if hour > 8 else "")
             return working, str(hour - 8 if hour > 8 else hour)
         hours = (read[1] - read[0]) % 8
         start = f"8+{read[1]}" if read[1] < read[0] else f"{read[1]}"
-        return f"{hands}, {start}-{read[0]}={hours}", str(hours)
+        return f"{reading}, {start}-{read[0]}={hours}", str(hours)
 
     return Question("clock", grade, text, picture, _cells(cells), None, work)
 
@@ -247,16 +248,21 @@ def clock(rng: random.Random, grade: int) -> Question:
 FAMILIES: tuple[Callable[[random.Random, int], Question], ...] = (dots, bars, rectangle, clock)
 
 
-def questions(rng: random.Random, seen: set[bytes]) -> Iterator[Question]:
-    """Yield questions family by family and grade by grade without end, none whose picture and text are in `seen`."""
+def questions(rng: random.Random, held_out: set[str], hold_out: bool = False) -> Iterator[Question]:
+    """
+    Yield questions family by family and grade by grade without end, none whose text and cells are in `held_out`.
+    With `hold_out`, what is yielded is added to it.
+    """
     while True:
         for grade in (1, 2, 3):
             for family in FAMILIES:
                 question = family(rng, grade)
-                key = question.text.encode() + question.picture.tobytes()
-                if key not in seen:
-                    seen.add(key)
-                    yield question
+                key = f"{question.text} {question.grid}"
+                if key in held_out:
+                    continue
+                if hold_out:
+                    held_out.add(key)
+                yield question
 
 
 # Completions.
@@ -530,7 +536,8 @@ def build(
 ) -> None:
     """Write the whole toy world below `output_dir`; the same arguments give the same bytes.
 
-    No picture with its question is in two sets. Half of `num_cold` goes to either schema.
+    No question of the test split is in another set about the same cells, whatever their tint and the place of the
+    marks. Half of `num_cold` goes to either schema.
 
     Args:
         output_dir (`str` or `Path`): Folder for `model/`, `base/`, `cold/` and `rl/`.
@@ -543,8 +550,9 @@ def build(
     """
     folder = Path(output_dir)
     rng = random.Random(seed)
-    source = questions(rng, set())
-    _write_rl(folder / "rl" / "test.parquet", source, num_test)
+    held_out: set[str] = set()
+    _write_rl(folder / "rl" / "test.parquet", questions(rng, held_out, hold_out=True), num_test)
+    source = questions(rng, held_out)
     _write_rl(folder / "rl" / "train.parquet", source, num_train)
 
     def base_turns(question: Question) -> list[dict]:
