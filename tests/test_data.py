@@ -12,6 +12,7 @@ from qwen_vl_utils import smart_resize
 from vision_r1_recipes import data
 from vision_r1_recipes.data import load_processor, load_rows
 from vision_r1_recipes.recipe import RecipeError
+from vision_r1_recipes.toy import SIZE
 
 
 BOUNDS = {"min_pixels": 4 * 28 * 28, "max_pixels": 64 * 28 * 28}
@@ -66,7 +67,7 @@ def test_geometry3k_folder_with_splits(toy, processor):
     row = rows[0]
     assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
     assert row["prompt"][0]["role"] == "user" and "text" not in row["prompt"][0]["content"][0]
-    assert isinstance(row["images"][0], PILImage.Image) and row["images"][0].size == (112, 112)
+    assert isinstance(row["images"][0], PILImage.Image) and row["images"][0].size == (SIZE, SIZE)
     assert isinstance(row["solution"], str) and row["solution"]
 
 
@@ -79,7 +80,7 @@ def test_released_cold_start_schemas(toy, processor, file):
     row = whole[3]
     assert row["completion"][0]["content"][0]["text"].endswith("</answer>")
     assert [m["role"] for m in row["prompt"] + row["completion"]] == ["user", "assistant"]
-    assert row["images"][0].size == (112, 112)
+    assert row["images"][0].size == (SIZE, SIZE)
     assert row == by_files[3]
 
 

@@ -325,7 +325,7 @@ def test_evaluation_in_training(recipes, toy, tmp_path):
     run = [str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path), "--eval_datasets", held_out]
     grpo.main([*run, "--eval_every_rollouts", "2"])
     rows = [row for row in history(tmp_path) if "eval_reward" in row]
-    assert [row["rollout"] for row in rows] == [2, 4]
+    assert [row["rollout"] for row in rows] == [2, 4, 5]  # the Trainer evaluates at the end as well
     assert all(row["eval_completions/mean_length"] > 0 for row in rows)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 # A script's folder comes first on the path, where `evaluate.py` would shadow Hugging Face's `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from accelerate import PartialState  # noqa: E402
 from transformers import set_seed  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
@@ -31,12 +30,6 @@ def main(argv: list[str]) -> None:
     # Data
     processor, rows, eval_rows, report = prepare(data, model, "sft", args.max_length)
     args.max_length = None  # longer rows are gone; TRL would cut at this length, through image tokens if need be
-    state = PartialState()
-    if state.is_main_process:
-        print(report)
-        launch = {"distributed_type": state.distributed_type, "num_processes": state.num_processes}
-        recipe.save(values, args.output_dir, **launch)
-        report.save(Path(args.output_dir, "data_report.json"))
 
     # Trainer
     args.model_init_kwargs = preflight.model_init_kwargs(model, args)
@@ -48,6 +41,13 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         peft_config=lora_config(model),
     )
+    if trainer.accelerator.is_main_process:
+        print(report)
+        launch = trainer.accelerator.state
+        recipe.save(
+            values, args.output_dir, distributed_type=launch.distributed_type, num_processes=launch.num_processes
+        )
+        report.save(Path(args.output_dir, "data_report.json"))
     trainer.train(resume_from_checkpoint=preflight.checkpoint(args))
 
     # Save
