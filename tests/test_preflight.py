@@ -107,6 +107,8 @@ def test_refused_everywhere(problems, base, changes, parts):
         ({"use_vllm": True, "vllm_max_model_length": 227}, ["`vllm_max_model_length`: 227", "228"]),
         ({"use_vllm": True, "max_prompt_length": None}, ["`max_prompt_length` is needed"]),
         ({"max_prompt_length": 4000}, ["4128", "4096 positions"]),
+        ({"loss_type": "dapoo"}, ["`loss_type`: 'dapoo'", "dapo"]),
+        ({"vllm_mode": "colocated"}, ["`vllm_mode`: 'colocated'", "colocate, server"]),
     ],
 )
 def test_refused_by_grpo(problems, changes, parts):

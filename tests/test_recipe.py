@@ -170,6 +170,17 @@ def test_unknown_key(write, key, near):
         parse([write("r.yaml", MINIMAL + f"{key}: 1\n")], GRPO)
 
 
+@pytest.mark.parametrize(
+    "path, config, parts",
+    [("ptst.yaml", VisionSFTConfig, ["grpo.py", "`stages`"]), ("cold_start.yaml", VisionGRPOConfig, ["sft.py"])],
+)
+def test_a_recipe_of_the_other_script(path, config, parts):
+    with pytest.raises(RecipeError) as error:
+        parse([str(ROOT / "recipes" / path)], (DataArguments, config, ModelConfig))
+    assert all(part in str(error.value) for part in parts)
+    assert "\n" not in str(error.value)
+
+
 def test_all_unknown_keys_are_named(write):
     with pytest.raises(RecipeError, match=r"(?s)`qqqq`.*remove it.*`sed`.*`seed`"):
         parse([write("r.yaml", MINIMAL + "qqqq: 1\nsed: 2\n")], GRPO)

@@ -335,6 +335,16 @@ def test_collapse_runs():
     assert collapse_runs([], 9) == []
 
 
+def test_a_short_line_per_log_row(recipes, tmp_path, capsys):
+    grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path / "grpo")])
+    sft.main([str(recipes / "sft.yaml"), "--output_dir", str(tmp_path / "sft")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 5 + 4
+    assert lines[2].startswith("step 6: rollout 3, stage 2, cap 12, group 6, loss")
+    assert lines[-1].startswith("step 4: loss")
+    assert all(len(line) < 220 for line in lines)
+
+
 def test_wandb_offline(recipes, tmp_path):
     run = [sys.executable, ROOT / "src/vision_r1_recipes/grpo.py", recipes / "grpo.yaml", "--report_to", "wandb"]
     run += ["--output_dir", tmp_path / "run", "--log_completions", "true"]

@@ -129,7 +129,9 @@ def prepare(
             num_proc=data_args.num_proc,
         )
         rows, report = load(data_args.datasets)
-        eval_rows = load(data_args.eval_datasets)[0] if data_args.eval_datasets else None
+        eval_rows = load(data_args.eval_datasets, name="eval_datasets")[0] if data_args.eval_datasets else None
+    if PartialState().is_main_process:
+        print(report, flush=True)
     return processor, rows, eval_rows, report
 
 
@@ -141,6 +143,7 @@ def load_rows(
     max_length: int | None = None,
     max_dropped_share: float = 0.05,
     num_proc: int | None = None,
+    name: str = "datasets",
 ) -> tuple[Dataset, DataReport]:
     """
     Read, check and convert all `sources`.
@@ -153,6 +156,8 @@ def load_rows(
             `"rl"`: rows `{prompt, images, solution}`. `"sft"`: rows `{prompt, completion, images}`.
         max_length (`int`, *optional*):
             Rows with more tokens (prompt, image tokens and completion together) are dropped.
+        name (`str`, *optional*, defaults to `"datasets"`):
+            The recipe's key that holds `sources`, for messages.
 
     Returns:
         The rows, pictures decoded and resized when a row is read, and the report.
@@ -161,10 +166,10 @@ def load_rows(
         `RecipeError`: a source that can't be read or has other columns, no rows left, or too many dropped.
     """
     if not sources:
-        raise RecipeError("`datasets` is empty: name at least one source, for example [{path: runs/toy/rl}].")
+        raise RecipeError(f"`{name}` is empty: name at least one source, for example [{{path: runs/toy/data/rl}}].")
     parts = []
     for i, source in enumerate(sources):
-        rows, convert, folder = _read(source, kind, f"datasets[{i}]")
+        rows, convert, folder = _read(source, kind, f"{name}[{i}]")
         bounds = image_bounds(processor)
         parts.append(
             rows.map(
@@ -258,7 +263,9 @@ def _read(source: Mapping[str, Any], kind: str, where: str):
     except Exception as error:
         kinds = "a folder, a .parquet, .json or .jsonl file, or a Hub id that this machine can reach"
         hint = "" if path.exists() else f" There is no such path here; `path` must be {kinds}."
-        raise RecipeError(f"{where}: can't read {dict(source)}: {type(error).__name__}: {error}.{hint}") from error
+        raise RecipeError(
+            f"{where}: can't read {dict(source)}: {type(error).__name__}: {str(error).rstrip('.')}.{hint}"
+        ) from error
     columns = set(rows.column_names)
     target = "solution" if kind == "rl" else "completion"
     if kind == "rl" and {"images", "problem", "answer"} <= columns:

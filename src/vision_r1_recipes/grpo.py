@@ -20,6 +20,7 @@ from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.configs import DataArguments, VisionGRPOConfig  # noqa: E402
 from vision_r1_recipes.data import prepare  # noqa: E402
 from vision_r1_recipes.rewards import accuracy_reward, format_reward, hfrrf  # noqa: E402
+from vision_r1_recipes.run import run  # noqa: E402
 from vision_r1_recipes.trainers import VisionGRPOTrainer, lora_config  # noqa: E402
 
 
@@ -31,10 +32,8 @@ def main(argv: list[str]) -> None:
     preflight.check(preflight.grpo_problems(values, data, args, model) + preflight.run_problems(args))
     set_seed(args.seed)
 
-    # Data
     processor, rows, eval_rows, report = prepare(data, model, "rl", data.max_prompt_length)
 
-    # Trainer
     args.model_init_kwargs = preflight.model_init_kwargs(model, args)
     trainer = VisionGRPOTrainer(
         model.model_name_or_path,
@@ -45,18 +44,7 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         peft_config=lora_config(model),
     )
-    if trainer.accelerator.is_main_process:
-        print(report)
-        launch = trainer.accelerator.state
-        recipe.save(
-            values, args.output_dir, distributed_type=launch.distributed_type, num_processes=launch.num_processes
-        )
-        report.save(Path(args.output_dir, "data_report.json"))
-    trainer.train(resume_from_checkpoint=preflight.checkpoint(args))
-
-    # Save
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
+    run(trainer, values, report)
 
 
 if __name__ == "__main__":

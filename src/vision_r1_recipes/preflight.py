@@ -19,6 +19,14 @@ from .ptst import batch_arithmetic, num_rollouts, parse_stages
 from .recipe import RecipeError, load, merge, parse, parse_overrides
 
 
+# Values that TRL 1.16 knows; it looks at them only once training runs.
+CHOICES = {
+    "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "luspo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
 # Real configurations of the models that the recipes name, so that plans and tests need no hub.
 KNOWN_MODELS = Path(__file__).parents[2] / "data" / "models"
 
@@ -91,7 +99,7 @@ def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig
     if not model.model_name_or_path:
         problems.append("`model_name_or_path` is missing: name a checkpoint's folder or a Hub id.")
     if not data.datasets:
-        problems.append("`datasets` is empty: name at least one source, for example [{path: runs/toy/rl}].")
+        problems.append("`datasets` is empty: name at least one source, for example [{path: runs/toy/data/rl}].")
     if args.save_only_model:
         problems.append(
             "`save_only_model`: true leaves the optimizer out of the checkpoints: no run could be resumed. Remove it."
@@ -136,6 +144,9 @@ def sft_problems(values: dict, data: DataArguments, args: VisionSFTConfig, model
 def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, model: ModelConfig) -> list[str]:
     """Everything wrong with a GRPO recipe, batch arithmetic apart (the config has refused that already)."""
     problems = _common_problems(values, data, args, model)
+    for key, choices in CHOICES.items():
+        if (value := getattr(args, key)) not in choices:
+            problems.append(f"`{key}`: {value!r} is not one of {', '.join(choices)}.")
     if args.stages is None:
         return [*problems, "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."]
     problems += _derived_problems(values, GRPO_DERIVED, "`stages`")

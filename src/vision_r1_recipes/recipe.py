@@ -30,6 +30,10 @@ import yaml
 PACKAGES = ("trl", "transformers", "accelerate", "datasets", "deepspeed", "peft", "torch", "vllm", "math-verify")
 
 
+# Keys that only one of the entry points knows.
+SCRIPTS = {"grpo.py": ("stages", "prompts_per_rollout"), "sft.py": ("global_batch_size", "freeze_vision")}
+
+
 class RecipeError(ValueError):
     """A recipe that can't be run. The message names the key, the value and the fix."""
 
@@ -199,6 +203,7 @@ def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
     recipe = merge(load(path), parse_overrides(argv))
     parser = TrlParser(dataclass_types)
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    _refuse_other_kind(recipe, actions)
     check_keys(recipe, actions)
     hints = {key: hint for kind in dataclass_types for key, hint in get_type_hints(kind).items()}
     problems = []
@@ -213,6 +218,16 @@ def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
         return recipe, *parser.parse_args_into_dataclasses(args=[])
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+
+
+def _refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
+    for script, marks in SCRIPTS.items():
+        found = [key for key in marks if key in recipe]
+        if found and not set(found) & set(valid):
+            named = ", ".join(f"`{key}`" for key in found)
+            raise RecipeError(
+                f"this is a recipe for {script} (it has {named}): launch src/vision_r1_recipes/{script}."
+            )
 
 
 def _refuse(message: str) -> None:

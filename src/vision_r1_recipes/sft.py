@@ -19,6 +19,7 @@ from trl import ModelConfig  # noqa: E402
 from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.configs import DataArguments, VisionSFTConfig  # noqa: E402
 from vision_r1_recipes.data import prepare  # noqa: E402
+from vision_r1_recipes.run import run  # noqa: E402
 from vision_r1_recipes.trainers import VisionSFTTrainer, lora_config  # noqa: E402
 
 
@@ -27,11 +28,9 @@ def main(argv: list[str]) -> None:
     preflight.check(preflight.sft_problems(values, data, args, model) + preflight.run_problems(args))
     set_seed(args.seed)
 
-    # Data
     processor, rows, eval_rows, report = prepare(data, model, "sft", args.max_length)
     args.max_length = None  # longer rows are gone; TRL would cut at this length, through image tokens if need be
 
-    # Trainer
     args.model_init_kwargs = preflight.model_init_kwargs(model, args)
     trainer = VisionSFTTrainer(
         model.model_name_or_path,
@@ -41,18 +40,7 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         peft_config=lora_config(model),
     )
-    if trainer.accelerator.is_main_process:
-        print(report)
-        launch = trainer.accelerator.state
-        recipe.save(
-            values, args.output_dir, distributed_type=launch.distributed_type, num_processes=launch.num_processes
-        )
-        report.save(Path(args.output_dir, "data_report.json"))
-    trainer.train(resume_from_checkpoint=preflight.checkpoint(args))
-
-    # Save
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
+    run(trainer, values, report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""What `sft.py` and `grpo.py` do alike once they have a trainer: one progress line per log row, train, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+
+from . import preflight, recipe
+from .data import DataReport
+
+
+# What a reader follows, in this order; everything else is in trainer_state.json and the trackers.
+LINE = {
+    "rollout": "rollout {:g}",
+    "stage": "stage {:g}",
+    "stage/max_completion_length": "cap {:g}",
+    "stage/num_generations": "group {:g}",
+    "loss": "loss {:.4f}",
+    "reward": "reward {:.3f}",
+    "accuracy_rate": "accuracy {:.3f}",
+    "format_rate": "format {:.3f}",
+    "completions/mean_length": "tokens {:.1f}",
+    "completions/clipped_ratio": "truncated {:.3f}",
+    "kl": "kl {:.4f}",
+    "grad_norm": "grad_norm {:.2f}",
+    "mean_token_accuracy": "token accuracy {:.3f}",
+    "learning_rate": "lr {:.1e}",
+}
+
+
+class ProgressLine(ProgressCallback):
+    """The progress bar with a short line where the stock one prints every metric of a log row."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return super().on_log(args, state, control, logs=logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = (form.format(logs[key]) for key, form in LINE.items() if logs.get(key) is not None)
+            self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
+
+
+def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
+    """
+    Train `trainer` to its end and save the model, with everything needed to repeat the run beside it.
+
+    Args:
+        trainer ([`VisionSFTTrainer`] or [`VisionGRPOTrainer`]):
+            The trainer; a resume is asked for by its `args.resume_from_checkpoint`.
+        values (`dict`):
+            The resolved recipe.
+        report ([`DataReport`]):
+            What became of the rows.
+    """
+    args, launch = trainer.args, trainer.accelerator.state
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ProgressLine)
+    if trainer.accelerator.is_main_process:
+        recipe.save(
+            values, args.output_dir, distributed_type=launch.distributed_type, num_processes=launch.num_processes
+        )
+        report.save(Path(args.output_dir, "data_report.json"))
+    trainer.train(resume_from_checkpoint=preflight.checkpoint(args))
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
