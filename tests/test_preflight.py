@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import ModelConfig
 
-from vision_r1_recipes import preflight
-from vision_r1_recipes.configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig
-from vision_r1_recipes.recipe import RecipeError, parse
+from vision_r1_recipes import plan, preflight
+from vision_r1_recipes.configs import GRPO_DERIVED, VisionGRPOConfig, VisionSFTConfig
+from vision_r1_recipes.recipe import RecipeError
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,14 +55,11 @@ def problems(tmp_path, model):
         values = {"output_dir": str(tmp_path / "out"), "model_name_or_path": model(), "datasets": [{"path": "x"}]}
         values = {k: v for k, v in {**values, **base, **changes}.items() if v is not None}
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-        config, check = (
-            (VisionGRPOConfig, preflight.grpo_problems) if base is GRPO else (VisionSFTConfig, preflight.sft_problems)
-        )
         try:
-            values, data, args, model_args = parse([str(tmp_path / "r.yaml")], (DataArguments, config, ModelConfig))
-            return check(values, data, args, model_args) + preflight.run_problems(args)
+            preflight.read([str(tmp_path / "r.yaml")], VisionGRPOConfig if base is GRPO else VisionSFTConfig)
         except RecipeError as error:
             return str(error).splitlines()
+        return []
 
     return find
 
@@ -139,10 +135,17 @@ def test_sft_alone(problems):
 
 
 def test_everything_is_listed_at_once(problems):
-    found = problems(
-        GRPO, save_only_model=True, datasets=None, model_name_or_path=None, use_vllm=True, num_generations=8
-    )
-    assert len(found) == 5
+    """Unknown keys, wrong types, arithmetic and the rest, in one go, each once."""
+    parts = ["`learning_rat`", "`bf16`: 'maybe'", "over 4 processes", "stages[1].steps = 0", "`save_only_model`"]
+    parts += ["`datasets` is empty", "`model_name_or_path` is missing", "`num_generations`: 8", "`loss_type`"]
+    wrong = {"learning_rat": 1, "bf16": "maybe", "save_only_model": True, "loss_type": "x", "num_generations": 8}
+    wrong |= {"datasets": None, "model_name_or_path": None}
+    found = problems(GRPO, **wrong, prompts_per_rollout=5, prompts_per_update=2)
+    assert [sum(part in line for line in found) for part in parts] == [1, 1, 0, 0, 1, 1, 1, 1, 1]
+    assert len(found) == len(set(found))
+    assert any("prompts_per_rollout = 5 / prompts_per_update = 2" in line for line in found)
+    found = problems(GRPO, **wrong, stages=[STAGES[0], {**STAGES[1], "steps": 0}])
+    assert [sum(part in line for line in found) for part in parts] == [1, 1, 0, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("heads, parallel, ok", [(28, 4, True), (28, 8, False), (16, 8, True), (28, 3, False)])
@@ -151,7 +154,7 @@ def test_tensor_parallel_divides_the_heads(model, tmp_path, heads, parallel, ok)
     values |= {"use_vllm": True, "vllm_max_model_length": 512, "vllm_tensor_parallel_size": parallel}
     values |= {"prompts_per_rollout": 24, "per_device_train_batch_size": 2}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    _, found = preflight.plan([str(tmp_path / "r.yaml")], 24)
+    _, found = plan.plan([str(tmp_path / "r.yaml")], 24)
     assert bool(found) is not ok
     if found:
         assert f"{parallel} doesn't divide {heads} heads; 1, 2, 4, 7 do" in found[0]
@@ -161,39 +164,6 @@ def test_known_models_stand_in_for_the_hub():
     config = preflight.model_config("Qwen/Qwen2.5-VL-7B-Instruct").get_text_config()
     assert (config.num_attention_heads, config.max_position_embeddings) == (28, 128000)
     assert preflight.model_config("Qwen/none-such") is None
-
-
-# Checkpoints
-
-
-def config(tmp_path, **kwargs):
-    return VisionSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **kwargs)
-
-
-@pytest.mark.parametrize("wanted", [None, "false", "None", "auto", "AUTO"])
-def test_no_checkpoint(tmp_path, wanted):
-    assert preflight.checkpoint(config(tmp_path, resume_from_checkpoint=wanted)) is None
-    assert preflight.checkpoint(config(tmp_path / "none", resume_from_checkpoint=wanted)) is None
-
-
-def test_checkpoint(tmp_path):
-    with pytest.raises(RecipeError, match=rf"true, but {tmp_path} holds no checkpoint.*auto"):
-        preflight.checkpoint(config(tmp_path, resume_from_checkpoint="true"))
-    with pytest.raises(RecipeError, match="`resume_from_checkpoint`: tru is not a folder"):
-        preflight.checkpoint(config(tmp_path, resume_from_checkpoint="tru"))
-    for step in (5, 20):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    newest, older = (str(tmp_path / f"checkpoint-{step}") for step in (20, 5))
-    for wanted, found in [("true", newest), (True, newest), ("auto", newest), (older, older), ("false", None)]:
-        assert preflight.checkpoint(config(tmp_path, resume_from_checkpoint=wanted)) == found
-
-
-def test_used_output_dir_is_not_overwritten(problems, tmp_path):
-    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
-    (found,) = problems(GRPO)
-    assert "`output_dir`" in found and "--resume_from_checkpoint auto" in found
-    for wanted in ("auto", True, str(tmp_path / "out" / "checkpoint-3")):
-        assert problems(GRPO, resume_from_checkpoint=wanted) == []
 
 
 def test_fsdp_on_a_cpu(problems, monkeypatch):

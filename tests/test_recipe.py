@@ -327,6 +327,44 @@ def test_plan_refuses_and_says_what_works(capsys):
     assert code == 2 and "64" in out and "2 problem(s)" in out
 
 
+def test_plan_says_what_to_expect(capsys, toy):
+    seven = ("--model_name_or_path", "Qwen/Qwen2.5-VL-7B-Instruct")
+    code, out, _ = command(
+        capsys, "plan", ROOT / "recipes" / "ptst.yaml", "--gpus", "64", "--seconds-per-rollout", "360", *seven
+    )
+    assert code == 0
+    flat = re.sub(" +", " ", out)
+    for part in (
+        "prompts per rollout 512 512",
+        "completions per rollout 8192 4096",
+        "completions per update 2048 1024",
+        "rows per micro-batch 4 2",
+        "tokens per micro-batch, at most 20,480 18,432",
+        "longest sequence 9216 tokens, vllm_max_model_length 9216",
+        "rows unknown",
+        "8 prompts",
+        "8.29 billion parameters",
+        "checkpoint: 116 GB",
+        "at 360 s a rollout",
+    ):
+        assert part in flat or part == "8 prompts", part
+    hours = re.search(r"a rollout: ([\d.]+) h, ([\d,]+) GPU-h", out)
+    assert float(hours[1]) * 64 == pytest.approx(float(hours[2].replace(",", "")), abs=1)
+    data = json.dumps([{"path": str(toy / "rl")}])
+    _, out, _ = command(capsys, "plan", ROOT / "recipes" / "toy" / "ptst.yaml", "--datasets", data)
+    assert "data: 64 rows before any is dropped, 10.00 passes over them" in out
+
+
+def test_plan_splits_gpus_with_a_server(capsys):
+    server = ("--vllm_mode", "server", "--vllm_tensor_parallel_size", "4")
+    path = ROOT / "recipes" / "ptst.yaml"
+    code, out, _ = command(capsys, "plan", path, "--gpus", "64", *server)
+    assert code == 2 and "on 60 process(es) and 4 GPU(s) of a vLLM server" in out
+    assert re.search(r"near 60 \+ 4 that work: .*64 \+ 4 = 68", out)
+    assert command(capsys, "plan", path, "--gpus", "68", *server)[0] == 0
+    assert command(capsys, "plan", path, "--gpus", "4", *server)[0] == 2
+
+
 def test_plan_of_a_base_asks_for_stages(capsys):
     code, out, _ = command(capsys, "plan", ROOT / "recipes" / "base" / "grpo.yaml")
     assert code == 2 and "`stages` is missing" in out

@@ -2,18 +2,27 @@
 
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vision_r1_recipes import data, grpo, recipe, sft
+from driver import fixed_completions, length_is_even
+from vision_r1_recipes import checkpoints, data, grpo, recipe, rewards, sft, trainers
 from vision_r1_recipes.ptst import Stage
+from vision_r1_recipes.recipe import RecipeError
 from vision_r1_recipes.trainers import VisionGRPOTrainer, VisionSFTTrainer, _Rollouts, collapse_runs, vision_modules
 
 
@@ -40,6 +49,7 @@ def recipes(toy, tmp_path_factory):
         "prompts_per_update": 2,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
+        "probe_prompts": 0,
     }
     tiny_sft = {
         "base": str(RECIPES / "toy/cold_start.yaml"),
@@ -50,7 +60,7 @@ def recipes(toy, tmp_path_factory):
         ],
         "global_batch_size": 8,
         "per_device_train_batch_size": 2,
-        "max_steps": 4,
+        "max_steps": 6,
         "logging_steps": 1,
         "max_length": 2048,
     }
@@ -59,48 +69,85 @@ def recipes(toy, tmp_path_factory):
     return folder
 
 
+SAVES = {"grpo": ["--save_every_rollouts", "1"], "sft": ["--save_strategy", "steps", "--save_steps", "1"]}
+
+
 def history(run: Path) -> list[dict]:
     return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 
 def trace(run: Path) -> list[dict]:
-    """The log without the clock, and without SFT's token counter, which TRL starts anew in every process."""
-    timed = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
-    timed += ("num_tokens",) if not any("rollout" in row for row in history(run)) else ()
-    return [{key: value for key, value in row.items() if key not in timed} for row in history(run)]
+    """The log without the clock."""
+    timed = ("step_time", "tokens_per_second", "train_loss", "_runtime", "_per_second")
+    rows = history(run)
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith(timed)} for row in rows]
 
 
-def test_every_rollout_has_its_stage(recipes, tmp_path, monkeypatch):
-    """The tensors: prompts x group rows, no completion over the cap, every prompt G times, one decode each."""
-    rollouts, decodes = [], []
-    inner, fetch = VisionGRPOTrainer._generate_and_score_completions, data.fetch_image
+def spy(monkeypatch, owner, name, note):
+    """Call `note(result, *args)` after every call of `owner.name`."""
+    inner = getattr(owner, name)
 
-    def spy(self, inputs):
-        output = inner(self, inputs)
+    def spied(*args, **kwargs):
+        result = inner(*args, **kwargs)
+        note(result, *args)
+        return result
+
+    monkeypatch.setattr(owner, name, spied)
+
+
+@pytest.fixture
+def rewarding(monkeypatch):
+    """A reward that an untrained model can earn."""
+    monkeypatch.setitem(grpo.REWARDS, "hfrrf", [length_is_even])
+
+
+def test_every_rollout_has_its_stage(recipes, toy, tmp_path, monkeypatch):
+    """The tensors: prompts x group rows, no completion over the cap; one decode and one processed picture a prompt."""
+    rollouts, decodes, processed, kept = [], [], [], []
+
+    def note(output, trainer, inputs):
         prompts = Counter(map(tuple, output["prompt_ids"].tolist()))
-        rollouts.append(
-            (len(inputs), *output["completion_ids"].shape, sorted(prompts.values()), len(output["pixel_values"]))
-        )
-        return output
+        rollouts.append((len(inputs), *output["completion_ids"].shape, sorted(prompts.values())))
+        kept.append(sum(pixels.nbytes for pixels in trainer._pictures.pixels))
+        assert not any("pixel" in name for name in output)
+        assert all(pixels.device.type == "cpu" for pixels in trainer._pictures.pixels)
 
-    monkeypatch.setattr(VisionGRPOTrainer, "_generate_and_score_completions", spy)
-    monkeypatch.setattr(data, "fetch_image", lambda *args, **kwargs: decodes.append(1) or fetch(*args, **kwargs))
+    spy(monkeypatch, VisionGRPOTrainer, "_generate_and_score_completions", note)
+    spy(monkeypatch, data, "fetch_image", lambda *_: decodes.append(1))
+    images = type(data.load_processor(str(toy / "model")).image_processor)
+    spy(monkeypatch, images, "preprocess", lambda made, *_: processed.append(len(made["image_grid_thw"])))
     grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path)])
     groups = [8, 8, 6, 4, 4]
     assert [rollout[1] for rollout in rollouts] == [4 * group for group in groups]
-    for (prompts, _, length, counts, _), group, cap in zip(rollouts, groups, [8, 8, 12, 16, 16], strict=True):
+    for (prompts, _, length, counts), group, cap in zip(rollouts, groups, [8, 8, 12, 16, 16], strict=True):
         assert prompts == 4
         assert length <= cap
         assert sum(counts) == 4 * group
         assert all(count % group == 0 for count in counts)  # two rows may hold the same question and picture tokens
-    assert len(decodes) == 4 * len(groups)
+    assert len(decodes) == sum(processed) == 4 * len(groups)
+    assert len(set(kept)) == 1  # the pictures' bytes don't grow with the group
     rows = history(tmp_path)[:-1]
     assert [row["rollout"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["stage"] for row in rows] == [1, 1, 2, 3, 3]
     assert [row["stage/num_generations"] for row in rows] == groups
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]  # two updates per rollout
     assert rows[-1]["epoch"] == pytest.approx(5 * 4 / 10)  # passes over the rows
+    assert all(0 < row["time/host_share"] < 1 for row in rows[1:])
+    assert all(row["time/rollout"] > row["time/generation"] > 0 < row["tokens_per_second"] for row in rows)
     assert recipe.load(tmp_path / "recipe.yaml")["stages"] == STAGES
+
+
+@pytest.mark.parametrize("iterations", ["1", "2"])
+def test_pictures_once_per_prompt_change_nothing(recipes, tmp_path, monkeypatch, rewarding, iterations):
+    """TRL's own handling, every row's pictures processed twice and kept on the device, gives the same bits."""
+    run = [str(recipes / "grpo.yaml"), "--num_iterations", iterations, "--output_dir"]
+    grpo.main([*run, str(tmp_path / "ours")])
+    monkeypatch.setattr(trainers, "shareable", lambda processor: False)
+    grpo.main([*run, str(tmp_path / "trls")])
+    assert trace(tmp_path / "ours")[:-1] == trace(tmp_path / "trls")[:-1]
+    rows = history(tmp_path / "ours")[:-1]
+    assert [row["step"] for row in rows] == [2 * int(iterations) * i for i in range(1, 6)]
+    assert rows[-1]["kl"] > 0
 
 
 @pytest.mark.parametrize("rows, prompts, processes", [(10, 4, 1), (10, 4, 2), (3, 8, 2), (16, 4, 4)])
@@ -108,7 +155,7 @@ def test_no_prompt_is_lost(rows, prompts, processes):
     """Rollouts straddle passes: over any run every row is seen floor or ceil of the mean number of times."""
     rollouts, micro_steps = 7, 3
     shares = [
-        _Rollouts(list(range(rows)), prompts, rollouts, micro_steps, 42, index, processes)
+        _Rollouts(list(range(rows)), prompts, rollouts, micro_steps, 42, index, processes, Counter())
         for index in range(processes)
     ]
     seen = Counter()
@@ -121,7 +168,7 @@ def test_no_prompt_is_lost(rows, prompts, processes):
     assert set(seen) == set(range(rows)) or mean < 1
     assert {int(mean), -int(-mean // 1)} >= set(seen.values())
     # one process or several, the rollouts are the same
-    single = _Rollouts(list(range(rows)), prompts, rollouts, micro_steps, 42, 0, 1)
+    single = _Rollouts(list(range(rows)), prompts, rollouts, micro_steps, 42, 0, 1, Counter())
     for rollout in range(rollouts):
         assert single[rollout * micro_steps] == [row for share in shares for row in share[rollout * micro_steps]]
     orders = [[single.row_at(data_pass * rows + i) for i in range(rows)] for data_pass in range(3)]
@@ -129,24 +176,108 @@ def test_no_prompt_is_lost(rows, prompts, processes):
     assert rows < 5 or len(set(map(tuple, orders))) == 3
 
 
-@pytest.mark.parametrize("kind, steps", [("grpo", 10), ("sft", 4)])
-def test_resume_goes_on_bit_for_bit(recipes, tmp_path, kind, steps):
-    """Weights, optimizer, data and RNG come back: the trace from a checkpoint on equals the uninterrupted one."""
-    every = ["--save_every_rollouts", "1"] if kind == "grpo" else ["--save_strategy", "steps", "--save_steps", "1"]
-    run = [str(recipes / f"{kind}.yaml"), *every, "--save_total_limit", "null"]
+# GRPO: stage edges after steps 4 and 6, a pass over the rows ends inside the rollout of steps 5 and 6. SFT: an epoch
+# ends after step 4.
+@pytest.mark.parametrize("kind, steps", [("grpo", (2, 4, 6, 8)), ("sft", (2, 4, 5))])
+@pytest.mark.parametrize("peft", [[], ["--use_peft", "true", "--lora_r", "4"]], ids=["full", "lora"])
+def test_resume_goes_on_bit_for_bit(recipes, tmp_path, kind, steps, peft, rewarding):
+    """Weights, reference, optimizer, data and RNG come back: the trace equals the uninterrupted one."""
+    run = [str(recipes / f"{kind}.yaml"), *SAVES[kind], *peft, "--save_total_limit", "null"]
     main = {"grpo": grpo, "sft": sft}[kind].main
     main([*run, "--output_dir", str(tmp_path / "whole")])
-    for step in (2, steps // 2 // 2 * 2, steps - 2):
-        main(
-            [
-                *run,
-                *("--output_dir", str(tmp_path / f"from_{step}")),
-                *("--resume_from_checkpoint", str(tmp_path / "whole" / f"checkpoint-{step}")),
-            ]
-        )
+    for step in steps:
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        main([*run, "--output_dir", str(tmp_path / f"from_{step}"), "--resume_from_checkpoint", checkpoint])
         assert trace(tmp_path / f"from_{step}")[:-1] == trace(tmp_path / "whole")[:-1]
-    last = trace(tmp_path / "whole")[-2]
-    assert kind == "sft" or last["kl"] > 0
+    rows = trace(tmp_path / "whole")[:-1]
+    assert kind == "sft" or all(row["kl"] > 0 and row["reward"] > 0 for row in rows[1:])
+
+
+def test_chained_runs_are_one_run(recipes, tmp_path, rewarding):
+    """One run per stage, each resumed from the last, the last stage appended; the model is saved at the end only."""
+    run = [str(recipes / "grpo.yaml"), "--save_every_rollouts", "5", "--output_dir"]
+    grpo.main([*run, str(tmp_path / "single")])
+    chained = [*run, str(tmp_path / "chained"), "--resume_from_checkpoint", "auto"]
+    grpo.main([*chained, "--stop_after_rollouts", "2", "--stages", json.dumps(STAGES[:2])])
+    assert not (tmp_path / "chained/model.safetensors").exists()
+    grpo.main([*chained, "--stop_after_rollouts", "3"])
+    with pytest.raises(RecipeError, match=r"`stop_after_rollouts`: 3, but .*checkpoint-6 is at rollout 3 already"):
+        grpo.main([*chained, "--stop_after_rollouts", "3"])
+    grpo.main(chained)
+    assert trace(tmp_path / "chained")[:-1] == trace(tmp_path / "single")[:-1]
+    ours, theirs = weights(tmp_path / "chained"), weights(tmp_path / "single")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_run_is_not_resumed(recipes, toy, tmp_path, rewarding):
+    run = [str(recipes / "grpo.yaml"), *SAVES["grpo"], "--output_dir", str(tmp_path)]
+    grpo.main([*run, "--stop_after_rollouts", "1"])
+    resumed = [*run, "--resume_from_checkpoint", "auto", "--stop_after_rollouts", "2"]
+    with pytest.raises(RecipeError, match=r"`beta`: 0.01 in the checkpoint, 0.5 now"):
+        grpo.main([*resumed, "--beta", "0.5"])
+    shutil.copytree(toy / "rl", tmp_path / "rl")
+    other = json.dumps([{"path": str(tmp_path / "rl"), "limit": 10}])
+    with pytest.raises(RecipeError, match="`datasets`"):
+        grpo.main([*resumed, "--datasets", other])
+    grpo.main([*resumed, "--datasets", other, "--force_resume", "true"])
+    # the same recipe over data that changed
+    file = next((tmp_path / "rl").rglob("train*.parquet"))
+    rows = pq.read_table(file)
+    answers = ["7" if i == 3 else answer for i, answer in enumerate(rows["answer"].to_pylist())]
+    pq.write_table(rows.set_column(rows.column_names.index("answer"), "answer", pa.array(answers)), file)
+    with pytest.raises(RecipeError, match="`data`: "):
+        grpo.main([*resumed[:-1], "3", "--datasets", other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, kills", [("grpo", 3), ("sft", 2)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipes, tmp_path, kind, kills):
+    """SIGKILL inside a checkpoint, then at random instants; what was generated is compared as well."""
+    rng = random.Random(kind)
+    run = [sys.executable, ROOT / "tests/driver.py", kind, recipes / f"{kind}.yaml", *SAVES[kind]]
+    run += ["--save_total_limit", "2", "--resume_from_checkpoint", "auto"]
+    if kind == "grpo":
+        stages = [{**stage, "steps": 3} for stage in STAGES]
+        run += ["--log_completions", "true", "--num_completions_to_print", "0", "--stages", json.dumps(stages)]
+    else:
+        run += ["--max_steps", "12"]
+    run = list(map(str, run))
+    updates, steps = (2, 18) if kind == "grpo" else (1, 12)
+    subprocess.run([*run, "--output_dir", str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
+    run += ["--output_dir", str(tmp_path / "killed")]
+    first = target = 2 * updates
+    done = subprocess.run(
+        run, capture_output=True, text=True, env={**os.environ, "KILL_BEFORE_MARK": str(first)}, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / f"killed/checkpoint-{first}/model.safetensors").is_file()
+    said = ""
+    for _ in range(kills - 1):
+        target += updates * rng.randint(1, 2)
+        process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not (tmp_path / f"killed/checkpoint-{target}").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        said += process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL
+    assert f"checkpoint-{first} is not complete, a run was killed there: skipped" in said
+    done = subprocess.run(
+        [*run, "--output_dir", str(tmp_path / "killed")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    whole = trace(tmp_path / "whole")
+    assert trace(tmp_path / "killed")[:-1] == whole[:-1]
+    assert whole[-2]["step"] == steps
+    for table in sorted((tmp_path / "whole/completions").glob("*.parquet")) if kind == "grpo" else []:
+        theirs = pd.read_parquet(tmp_path / "killed/completions" / table.name)
+        assert pd.read_parquet(table).astype(str).equals(theirs.astype(str))
+        assert len(theirs) == 4 * (
+            8 if table.stem <= "completions_00006" else 6 if table.stem <= "completions_00012" else 4
+        )
+    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -160,22 +291,24 @@ def test_a_checkpoint_of_another_model_is_refused(recipes, toy, tmp_path, tied):
         "steps",
         "--save_steps",
         "2",
+        "--max_steps",
+        "4",
         "--model_name_or_path",
         str(tmp_path / "world/model"),
     ]
     sft.main([*run, "--output_dir", str(tmp_path / "run")])
     resumed = [*run, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint"]
     sft.main([*resumed, str(tmp_path / "run/checkpoint-2")])  # a tied model has no lm_head.weight: that is no fault
+    marked = checkpoints.read(tmp_path / "run/checkpoint-2")
     file = tmp_path / "run/checkpoint-2/model.safetensors"
     tensors = load_file(file)
     del tensors[next(name for name in tensors if "q_proj" in name)]
     save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="is not complete"):
+        sft.main([*resumed, str(tmp_path / "run/checkpoint-2")])
+    checkpoints.mark(tmp_path / "run/checkpoint-2", marked)
     with pytest.raises(RuntimeError, match="missing_keys"):
         sft.main([*resumed, str(tmp_path / "run/checkpoint-2")])
-
-
-def length_is_even(completions, **kwargs) -> list[float]:
-    return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -320,13 +453,51 @@ def test_set_stage_reaches_the_generation_config(recipes, toy, tmp_path):
     assert trainer.generation_config.temperature == 1.0
 
 
-def test_evaluation_in_training(recipes, toy, tmp_path):
+def test_evaluation_in_training(recipes, toy, tmp_path, monkeypatch, rewarding):
+    """Its own group, length and sampling, every row once; the training doesn't notice."""
+    seen, decodes = [], []
+
+    def note(output, trainer, inputs):
+        if not trainer.model.training:
+            sampling = trainer.generation_config.temperature, trainer.generation_config.top_p
+            seen.append((len(inputs), *output["completion_ids"].shape, trainer.max_completion_length, *sampling))
+
     held_out = json.dumps([{"path": str(toy / "rl"), "split": "test", "limit": 4}])
-    run = [str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path), "--eval_datasets", held_out]
-    grpo.main([*run, "--eval_every_rollouts", "2"])
-    rows = [row for row in history(tmp_path) if "eval_reward" in row]
+    run = [str(recipes / "grpo.yaml"), "--output_dir"]
+    grpo.main([*run, str(tmp_path / "without")])
+    spy(monkeypatch, VisionGRPOTrainer, "_generate_and_score_completions", note)
+    spy(monkeypatch, data, "fetch_image", lambda *_: decodes.append(1))
+    evaluated = ["--eval_every_rollouts", "2", "--num_generations_eval", "2", "--per_device_eval_batch_size", "4"]
+    evaluated += ["--eval_datasets", held_out, "--eval_max_completion_length", "20"]
+    grpo.main([*run, str(tmp_path / "with"), *evaluated])
+    rows = [row for row in history(tmp_path / "with") if "eval_reward" in row]
     assert [row["rollout"] for row in rows] == [2, 4, 5]  # the Trainer evaluates at the end as well
-    assert all(row["eval_completions/mean_length"] > 0 for row in rows)
+    for row in rows:
+        assert 16 < row["eval_completions/max_length"] <= 20
+        assert row["eval_max_completion_length"] == 20
+        assert (row["eval_temperature"], row["eval_top_p"]) == (0.6, 0.95)
+    assert seen == [(4, 8, 20, 20, 0.6, 0.95)] * 3  # four prompts, two completions of each
+    assert len(decodes) == 5 * 4 + 3 * 4
+    trained = [row for row in trace(tmp_path / "with")[:-1] if "eval_reward" not in row]
+    assert trained == trace(tmp_path / "without")[:-1]
+
+
+def test_the_start_probe(recipes, tmp_path, capsys, rewarding):
+    """It says what the checkpoint can do, leaves no trace, and stops a run that can never earn a reward."""
+    run = [str(recipes / "grpo.yaml"), "--output_dir"]
+    grpo.main([*run, str(tmp_path / "without")])
+    assert "start probe" not in capsys.readouterr().out
+    grpo.main([*run, str(tmp_path / "with"), "--probe_prompts", "3"])
+    said = capsys.readouterr().out
+    assert "start probe, 8 completions of up to 8 tokens per prompt: reward 0." in said and "truncated" in said
+    assert trace(tmp_path / "with")[:-1] == trace(tmp_path / "without")[:-1]
+    grpo.REWARDS["hfrrf"] = [rewards.hfrrf]
+    stages = [{"max_completion_length": 64, "num_generations": 4, "steps": 1}]
+    with pytest.raises(RecipeError, match=r"the first stage|has the format <think>"):
+        grpo.main([*run, str(tmp_path / "real"), "--probe_prompts", "3", "--stages", json.dumps(stages)])
+    with pytest.raises(RecipeError, match=r"ran into the cap of 8 tokens.*`probe_prompts: 0`"):
+        grpo.main([*run, str(tmp_path / "short"), "--probe_prompts", "3"])
+    assert not (tmp_path / "short/model.safetensors").exists()
 
 
 def test_collapse_runs():
@@ -339,9 +510,9 @@ def test_a_short_line_per_log_row(recipes, tmp_path, capsys):
     grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path / "grpo")])
     sft.main([str(recipes / "sft.yaml"), "--output_dir", str(tmp_path / "sft")])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(lines) == 5 + 4
+    assert len(lines) == 5 + 6
     assert lines[2].startswith("step 6: rollout 3, stage 2, cap 12, group 6, loss")
-    assert lines[-1].startswith("step 4: loss")
+    assert lines[-1].startswith("step 6: loss")
     assert all(len(line) < 220 for line in lines)
 
 
@@ -357,30 +528,50 @@ def test_wandb_offline(recipes, tmp_path):
 BACKENDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
+def launch(backend: str, kind: str, *argv, **environment) -> str:
+    """`accelerate launch` with two processes; what it printed."""
+    run = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / f"accelerate/{backend}.yaml"]
+    run += ["--num_processes", "2", ROOT / "tests/driver.py", kind, *argv]
+    done = subprocess.run(
+        [sys.executable, *map(str, run)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["grpo", "sft"])
 def test_two_processes(recipes, tmp_path, backend, kind):
-    """DDP, ZeRO-2 and ZeRO-3 on two CPU processes, through `accelerate launch` as the README has it."""
-    run = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / f"accelerate/{backend}.yaml"]
-    run += ["--num_processes", "2", ROOT / f"src/vision_r1_recipes/{kind}.py", recipes / f"{kind}.yaml"]
-    run += ["--save_every_rollouts", "5"] if kind == "grpo" else ["--save_strategy", "steps", "--save_steps", "4"]
-    done = subprocess.run(
-        [sys.executable, *map(str, run), "--output_dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """
+    DDP, ZeRO-2 and ZeRO-3 on two CPU processes: the schedule in the tensors of each rank, sharding in the files of
+    each, and a resume from the middle (GRPO: a stage edge) that goes on bit for bit.
+    """
+    run = [recipes / f"{kind}.yaml", *SAVES[kind], "--save_total_limit", "null", "--output_dir"]
+    launch(backend, kind, *run, tmp_path / "run", ROLLOUTS=str(tmp_path))
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     assert environment["distributed_type"] == BACKENDS[backend]
     assert environment["num_processes"] == 2
     rows = history(tmp_path / "run")[:-1]
     if kind == "grpo":
         assert [row["stage"] for row in rows] == [1, 1, 2, 3, 3]
-        assert all(row["completions/max_length"] <= row["stage/max_completion_length"] for row in rows)
-        assert rows[-1]["kl"] > 0
+        assert all(row["kl"] > 0 for row in rows[1:])
+        ranks = [
+            [json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()]
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            assert [rollout["step"] for rollout in rank] == [0, 2, 4, 6, 8]
+            assert [rollout["prompts"] for rollout in rank] == [2] * 5
+            assert [rollout["rows"] for rollout in rank] == [2 * group for group in (8, 8, 6, 4, 4)]
+            assert all(rollout["length"] <= cap for rollout, cap in zip(rank, (8, 8, 12, 16, 16), strict=True))
+            for rollout, group in zip(rank, (8, 8, 6, 4, 4), strict=True):
+                assert all(count % group == 0 for count in rollout["groups"])
+        assert all(not set(one["ids"]) & set(other["ids"]) for one, other in zip(*ranks, strict=True))
     else:
         assert rows[-1]["loss"] < rows[0]["loss"]
     # Sharded parameters are saved by every rank (ZeRO-3), sharded optimizer states too (ZeRO-2).
@@ -388,3 +579,25 @@ def test_two_processes(recipes, tmp_path, backend, kind):
     assert any("optim_states" in name for name in shards) == (backend != "ddp")
     assert any("model_states" in name for name in shards) == (backend == "zero3")
     weights(tmp_path / "run")
+    said = launch(backend, kind, *run, tmp_path / "again", "--resume_from_checkpoint", tmp_path / "run/checkpoint-4")
+    assert "going on from" in said
+    assert trace(tmp_path / "again")[:-1] == trace(tmp_path / "run")[:-1]
+
+
+@pytest.mark.slow
+def test_one_process_or_two(recipes, tmp_path, rewarding, monkeypatch):
+    """
+    An update is the same on any number of processes and with other micro-batches (`dapo`). Sampling is not, so the
+    completions here are a function of prompt and place in the group.
+    """
+    run = [recipes / "grpo.yaml", "--prompts_per_update", "4", "--output_dir"]
+    launch("ddp", "grpo", *run, tmp_path / "two", FIXED_COMPLETIONS="1")
+    monkeypatch.setattr(VisionGRPOTrainer, "_generate_single_turn", fixed_completions)
+    grpo.main([*map(str, run), str(tmp_path / "one")])
+    grpo.main([*map(str, run), str(tmp_path / "small"), "--per_device_train_batch_size", "8"])
+    for other in ("two", "small"):
+        for one, row in zip(trace(tmp_path / "one")[:-1], trace(tmp_path / other)[:-1], strict=True):
+            for key in ("loss", "grad_norm", "reward"):  # TRL's logged `kl` is a mean over micro-batches
+                assert one[key] == pytest.approx(row[key], rel=1e-3, abs=1e-6), key
+        theirs = weights(tmp_path / other)
+        assert all(torch.allclose(w, theirs[name], atol=1e-4) for name, w in weights(tmp_path / "one").items())

@@ -83,6 +83,8 @@ class VisionSFTConfig(_Launched, SFTConfig):
             Rows per optimizer step over all processes; `gradient_accumulation_steps` is derived from it.
         freeze_vision (`bool`, *optional*, defaults to `False`):
             Train the language model only: vision tower and projector stay as they are.
+        force_resume (`bool`, *optional*, defaults to `False`):
+            Go on from a checkpoint although the recipe, the data or the number of processes changed since.
 
     `max_length` is the length in tokens, image tokens included, over which `sft.py` drops a row. TRL itself would cut
     the row there, through image tokens if need be.
@@ -90,6 +92,7 @@ class VisionSFTConfig(_Launched, SFTConfig):
 
     global_batch_size: int | None = field(default=None, metadata={"help": "Rows per optimizer step, all processes."})
     freeze_vision: bool = field(default=False, metadata={"help": "Freeze vision tower and projector."})
+    force_resume: bool = field(default=False, metadata={"help": "Resume although the recipe, data or world changed."})
 
     def __post_init__(self):
         if self.global_batch_size is not None:
@@ -162,6 +165,19 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
         reward (`str`, *optional*, defaults to `"hfrrf"`):
             `"hfrrf"`: 1 when format and answer are right, else 0 `[paper]`. `"soft"`: format and answer count one half
             each, as in Vision-R1-Zero `[paper]`.
+        eval_max_completion_length (`int`, *optional*):
+            Cap on the completions of an evaluation in training, at every stage alike. Defaults to the longest stage's.
+        eval_temperature (`float`, *optional*, defaults to `0.6`):
+            Temperature of an evaluation in training `[repo]`.
+        eval_top_p (`float`, *optional*, defaults to `0.95`):
+            Nucleus of an evaluation in training `[repo]`.
+        probe_prompts (`int`, *optional*, defaults to `8`):
+            Prompts that are tried before a fresh run, at the first stage: a run that can never earn a reward stops
+            there. 0 tries none.
+        stop_after_rollouts (`int`, *optional*):
+            Save a checkpoint and end after this rollout of the schedule, to be resumed: a long run in parts.
+        force_resume (`bool`, *optional*, defaults to `False`):
+            Go on from a checkpoint although the recipe, the data or the number of processes changed since.
     """
 
     stages: list[dict] | None = field(default=None, metadata={"help": "PTST: the stages of the run."})
@@ -171,6 +187,12 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
     save_every_rollouts: int | None = field(default=None, metadata={"help": "Rollouts between two checkpoints."})
     eval_every_rollouts: int | None = field(default=None, metadata={"help": "Rollouts between two evaluations."})
     reward: str = field(default="hfrrf", metadata={"help": "The reward.", "choices": ["hfrrf", "soft"]})
+    eval_max_completion_length: int | None = field(default=None, metadata={"help": "Cap in evaluations."})
+    eval_temperature: float = field(default=0.6, metadata={"help": "Temperature of evaluations."})
+    eval_top_p: float = field(default=0.95, metadata={"help": "Nucleus of evaluations."})
+    probe_prompts: int = field(default=8, metadata={"help": "Prompts tried before a fresh run; 0: none."})
+    stop_after_rollouts: int | None = field(default=None, metadata={"help": "Save and end after this rollout."})
+    force_resume: bool = field(default=False, metadata={"help": "Resume although the recipe, data or world changed."})
 
     def __post_init__(self):
         if self.stages is not None:
@@ -198,7 +220,14 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
             "log_every_rollouts",
             "save_every_rollouts",
             "eval_every_rollouts",
+            "eval_max_completion_length",
+            "stop_after_rollouts",
         )
+        if self.eval_temperature <= 0 or not 0 < self.eval_top_p <= 1 or self.probe_prompts < 0:
+            raise RecipeError(
+                f"`eval_temperature` {self.eval_temperature} must be over 0, `eval_top_p` {self.eval_top_p} over 0 "
+                f"and at most 1, `probe_prompts` {self.probe_prompts} at least 0."
+            )
         if self.prompts_per_update is None:
             self.prompts_per_update = self.prompts_per_rollout
         numbers, problems = batch_arithmetic(

@@ -61,6 +61,7 @@ class DataReport:
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    fingerprint: str = ""  # of the rows that were kept, in their order: a resumed run must have the same
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} rows kept"]
@@ -205,6 +206,7 @@ def load_rows(
         )
     keep = [i for i, reason in enumerate(reasons) if not reason]
     rows = rows.select(keep).remove_columns(["dropped", "detail"])
+    report.fingerprint = _fingerprint(rows)
     return rows.with_transform(partial(_decode, bounds=bounds)), report
 
 
@@ -239,6 +241,20 @@ def _stamp(rows: Dataset, folder: str) -> str:
                     digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns};".encode())
                 except OSError:
                     digest.update(f"{name};".encode())
+    return digest.hexdigest()
+
+
+def _fingerprint(rows: Dataset) -> str:
+    """Digest of what a run learns from: texts and pictures (of those in files, name and size)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        images = row.pop("images")
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        for image in images:
+            path = Path(image["path"] or "")
+            digest.update(
+                image["bytes"] if image["bytes"] is not None else f"{path.name} {path.stat().st_size}".encode()
+            )
     return digest.hexdigest()
 
 

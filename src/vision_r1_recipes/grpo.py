@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from transformers import set_seed  # noqa: E402
-from trl import ModelConfig  # noqa: E402
 
-from vision_r1_recipes import preflight, recipe  # noqa: E402
-from vision_r1_recipes.configs import DataArguments, VisionGRPOConfig  # noqa: E402
+from vision_r1_recipes import preflight  # noqa: E402
+from vision_r1_recipes.configs import VisionGRPOConfig  # noqa: E402
 from vision_r1_recipes.data import prepare  # noqa: E402
+from vision_r1_recipes.probe import StartProbe  # noqa: E402
 from vision_r1_recipes.rewards import accuracy_reward, format_reward, hfrrf  # noqa: E402
 from vision_r1_recipes.run import run  # noqa: E402
 from vision_r1_recipes.trainers import VisionGRPOTrainer, lora_config  # noqa: E402
@@ -28,8 +28,7 @@ REWARDS = {"hfrrf": [hfrrf], "soft": [format_reward, accuracy_reward]}
 
 
 def main(argv: list[str]) -> None:
-    values, data, args, model = recipe.parse(argv, (DataArguments, VisionGRPOConfig, ModelConfig))
-    preflight.check(preflight.grpo_problems(values, data, args, model) + preflight.run_problems(args))
+    values, data, args, model = preflight.read(argv, VisionGRPOConfig)
     set_seed(args.seed)
 
     processor, rows, eval_rows, report = prepare(data, model, "rl", data.max_prompt_length)
@@ -44,6 +43,8 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         peft_config=lora_config(model),
     )
+    if args.probe_prompts:
+        trainer.add_callback(StartProbe(trainer, args.probe_prompts, hard=args.reward == "hfrrf"))
     run(trainer, values, report)
 
 

@@ -1,8 +1,9 @@
-"""All that can be known to be wrong before a GPU is touched, and `recipe plan`, which prints it."""
+"""All that can be known to be wrong before a GPU is touched."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
+from . import checkpoints
 from .configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .data import check_source
-from .ptst import batch_arithmetic, num_rollouts, parse_stages
-from .recipe import RecipeError, load, merge, parse, parse_overrides
+from .ptst import num_rollouts, parse_stages
+from .recipe import RecipeError, parse_all
 
 
 # Values that TRL 1.16 knows; it looks at them only once training runs.
@@ -35,6 +36,31 @@ def check(problems: Sequence[str]) -> None:
     """Raise [`RecipeError`] with the whole list, if there is one."""
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def read(argv: Sequence[str], config_class: type) -> tuple:
+    """
+    Parse the command line of `sft.py` or `grpo.py` and check everything that needs neither data nor weights.
+
+    Returns:
+        `(recipe, data, args, model)`: the resolved recipe, [`DataArguments`], `config_class`, `ModelConfig`.
+
+    Raises:
+        `RecipeError`: the list of all problems.
+    """
+    values, instances, problems = parse_all(argv, (DataArguments, config_class, ModelConfig))
+    if instances is not None:
+        problems += recipe_problems(values, *instances) + run_problems(values, instances[1])
+    check(list(dict.fromkeys(problems)))
+    return values, *instances
+
+
+def recipe_problems(
+    values: dict, data: DataArguments, args: VisionSFTConfig | VisionGRPOConfig, model: ModelConfig
+) -> list[str]:
+    """Everything wrong with a recipe that [`recipe.parse_all`] has not found."""
+    find = grpo_problems if isinstance(args, VisionGRPOConfig) else sft_problems
+    return find(values, data, args, model)
 
 
 @contextlib.contextmanager
@@ -62,36 +88,42 @@ def model_init_kwargs(model: ModelConfig, args: VisionSFTConfig | VisionGRPOConf
     return {**chosen, **(args.model_init_kwargs or {})}
 
 
-def checkpoint(args: VisionSFTConfig | VisionGRPOConfig) -> str | None:
-    """
-    The checkpoint that `resume_from_checkpoint` means: a path, or the newest in `output_dir` for `true` and `auto`.
-    `auto` starts afresh when there is none.
-    """
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "none"):
-        return None
-    if str(wanted).lower() not in ("true", "auto"):
-        if not Path(wanted).is_dir():
-            raise RecipeError(f"`resume_from_checkpoint`: {wanted} is not a folder. Give a checkpoint, true or auto.")
-        return str(wanted)
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if found is None and str(wanted).lower() == "true":
-        raise RecipeError(f"`resume_from_checkpoint`: true, but {args.output_dir} holds no checkpoint. `auto` starts.")
-    return found
-
-
-def run_problems(args: VisionSFTConfig | VisionGRPOConfig) -> list[str]:
+def run_problems(values: dict, args: VisionSFTConfig | VisionGRPOConfig) -> list[str]:
     """What is wrong on this machine, now."""
     problems = []
     folder = Path(args.output_dir)
-    if checkpoint(args) is None and folder.is_dir() and get_last_checkpoint(folder):
+    try:
+        checkpoint, skipped = checkpoints.wanted(args.resume_from_checkpoint, folder)
+    except RecipeError as error:
+        return [str(error)]
+    if checkpoint is None and (left := [path for path in checkpoints.saved(folder) if path not in skipped]):
         problems.append(
-            f"`output_dir`: {folder} already holds checkpoints. Go on with `--resume_from_checkpoint auto`, or name "
-            "another output_dir."
+            f"`output_dir`: {folder} already holds checkpoints, {left[-1].name} the last. Go on with "
+            "`--resume_from_checkpoint auto`, or name another output_dir."
         )
+    if checkpoint is not None:
+        now = checkpoints.identity(values, num_processes=args._num_processes())
+        problems += refuse_changes(checkpoint, now, args.force_resume)
+        if last := getattr(args, "stop_after_rollouts", None):
+            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            done = step * num_rollouts(parse_stages(args.stages)) // args.max_steps
+            if done >= last:
+                problems.append(f"`stop_after_rollouts`: {last}, but {checkpoint} is at rollout {done} already.")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and args.use_cpu:
         problems.append("FSDP on a CPU would silently be plain DDP: use recipes/accelerate/ddp.yaml.")
     return problems
+
+
+def refuse_changes(checkpoint: Path, now: dict[str, Any], forced: bool) -> list[str]:
+    """What differs between the run that wrote `checkpoint` and the one that would go on from it."""
+    found = checkpoints.changes(checkpoints.read(checkpoint)["identity"], now)
+    if not found or forced:
+        return []
+    return [
+        f"{checkpoint} is of another run than this one would be. Take the old values, start afresh in another "
+        "output_dir, or set `force_resume: true`.",
+        *found,
+    ]
 
 
 def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig) -> list[str]:
@@ -131,7 +163,7 @@ def _derived_problems(values: dict, names: Sequence[str], because: str) -> list[
 def sft_problems(values: dict, data: DataArguments, args: VisionSFTConfig, model: ModelConfig) -> list[str]:
     """Everything wrong with an SFT recipe."""
     problems = _common_problems(values, data, args, model)
-    if args.global_batch_size is not None:
+    if values.get("global_batch_size") is not None:
         problems += _derived_problems(values, ("gradient_accumulation_steps",), "`global_batch_size`")
     if args.packing or args.padding_free:
         problems.append("`packing` and `padding_free` are not supported for rows with pictures. Remove them.")
@@ -147,9 +179,11 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
     for key, choices in CHOICES.items():
         if (value := getattr(args, key)) not in choices:
             problems.append(f"`{key}`: {value!r} is not one of {', '.join(choices)}.")
-    if args.stages is None:
+    if values.get("stages") is None:
         return [*problems, "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."]
     problems += _derived_problems(values, GRPO_DERIVED, "`stages`")
+    if args.stages is None:  # they are wrong, which has been told
+        return problems
     if bool(data.eval_datasets) != bool(args.eval_every_rollouts):
         problems.append("`eval_datasets` and `eval_every_rollouts` only work together: give both, or neither.")
     longest = longest_sequence(data, args)
@@ -184,82 +218,3 @@ def longest_sequence(data: DataArguments, args: VisionGRPOConfig) -> int | None:
 def _positions(model: ModelConfig) -> int | None:
     config = model_config(model.model_name_or_path)
     return config.get_text_config().max_position_embeddings if config else None
-
-
-def planned(config_class: type, world_size: int) -> type:
-    """`config_class` as it would be on `world_size` processes, on a machine that may have neither them nor a GPU."""
-    assumed = {"world_size": property(lambda self: world_size), "_num_processes": lambda self: world_size}
-    return type(config_class.__name__, (config_class,), assumed)
-
-
-def plan(argv: Sequence[str], world_size: int) -> tuple[str, list[str]]:
-    """
-    What `argv` (a recipe and overrides) would do on `world_size` training processes.
-
-    Returns:
-        The plan as text, and all problems found.
-    """
-    recipe = merge(load(argv[0]), parse_overrides(argv[1:]))
-    is_grpo = not recipe.keys().isdisjoint(("stages", "prompts_per_rollout"))
-    config_class = planned(VisionGRPOConfig if is_grpo else VisionSFTConfig, world_size)
-    try:
-        values, data, args, model = parse([*argv, "--use_cpu", "true"], (DataArguments, config_class, ModelConfig))
-    except RecipeError as error:
-        return f"{argv[0]} on {world_size} process(es): can't be run", str(error).splitlines()
-    if not is_grpo:
-        text = (
-            f"{argv[0]} on {world_size} process(es): SFT of {model.model_name_or_path}\n"
-            f"rows per update {args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size} = "
-            f"{args.per_device_train_batch_size} per micro-batch x {args.gradient_accumulation_steps} micro-steps x "
-            f"{world_size} processes; longest row {args.max_length} tokens; {args.num_train_epochs:g} epochs"
-        )
-        return text, sft_problems(values, data, args, model)
-    stages = parse_stages(args.stages)
-    numbers, _ = batch_arithmetic(
-        stages,
-        args.prompts_per_rollout,
-        args.prompts_per_update,
-        args.per_device_train_batch_size,
-        world_size,
-        args.num_iterations,
-    )
-    rows = [
-        ("stage", *(str(i + 1) for i in range(len(stages)))),
-        ("rollouts", *(str(s.steps) for s in stages)),
-        ("optimizer steps", *(str(s.steps * numbers.updates_per_rollout) for s in stages)),
-        ("max_completion_length", *(str(s.max_completion_length) for s in stages)),
-        ("num_generations", *(str(s.num_generations) for s in stages)),
-        ("completions per rollout", *(str(args.prompts_per_rollout * s.num_generations) for s in stages)),
-        ("completions per update", *(str(args.prompts_per_update * s.num_generations) for s in stages)),
-        ("rows per micro-batch", *(str(n) for n in numbers.rows_per_micro_batch)),
-        (
-            "completion tokens per micro-batch, at most",
-            *(f"{n * s.max_completion_length:,}" for n, s in zip(numbers.rows_per_micro_batch, stages, strict=True)),
-        ),
-        (
-            "completion tokens in all, at most",
-            *(f"{s.steps * args.prompts_per_rollout * s.num_generations * s.max_completion_length:,}" for s in stages),
-        ),
-    ]
-    width = max(len(row[0]) for row in rows)
-    columns = [max(len(row[i]) for row in rows) for i in range(1, len(stages) + 1)]
-    lines = [
-        f"{argv[0]} on {world_size} process(es): GRPO of {model.model_name_or_path}, reward {args.reward}",
-        f"{args.prompts_per_rollout} prompts per rollout, {args.prompts_per_update} per update; "
-        f"{numbers.micro_steps_per_update} micro-steps per update, "
-        f"{numbers.updates_per_rollout} update(s) per rollout; "
-        f"{num_rollouts(stages)} rollouts, {args.max_steps} optimizer steps, "
-        f"{num_rollouts(stages) * args.prompts_per_rollout:,} prompts",
-        "",
-        *(
-            f"{row[0]:<{width}}  " + "  ".join(f"{v:>{c}}" for v, c in zip(row[1:], columns, strict=True))
-            for row in rows
-        ),
-        "",
-        f"longest sequence {longest_sequence(data, args) or 'unbounded (no max_prompt_length)'} tokens",
-    ]
-    if model_config(model.model_name_or_path) is None:
-        lines.append(f"note: {model.model_name_or_path} is not here: its positions and heads were not checked.")
-    if args.loss_type == "bnpo" and len(set(numbers.rows_per_micro_batch)) > 1:
-        lines.append("warning: loss_type bnpo averages over the micro-batch, whose rows change between the stages.")
-    return "\n".join(lines), grpo_problems(values, data, args, model)

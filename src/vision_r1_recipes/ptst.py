@@ -187,12 +187,21 @@ class PTSTCallback(TrainerCallback):
             The schedule.
         updates_per_rollout (`int`, *optional*, defaults to `1`):
             Optimizer steps per rollout. A stage can only begin with a rollout.
+        stop_after_rollouts (`int`, *optional*):
+            Save a checkpoint and end the training after this rollout of the schedule.
     """
 
-    def __init__(self, trainer: VisionGRPOTrainer, stages: list[Stage], updates_per_rollout: int = 1):
+    def __init__(
+        self,
+        trainer: VisionGRPOTrainer,
+        stages: list[Stage],
+        updates_per_rollout: int = 1,
+        stop_after_rollouts: int | None = None,
+    ):
         self.trainer = trainer
         self.stages = stages
         self.updates_per_rollout = updates_per_rollout
+        self.stop_after_rollouts = stop_after_rollouts
         self._current = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -210,3 +219,8 @@ class PTSTCallback(TrainerCallback):
             )
         self._current = index
         self.trainer.set_stage(index, self.stages[index])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        last = self.stop_after_rollouts
+        if last is not None and state.global_step >= last * self.updates_per_rollout:
+            control.should_save = control.should_training_stop = True

@@ -33,6 +33,14 @@ PACKAGES = ("trl", "transformers", "accelerate", "datasets", "deepspeed", "peft"
 # Keys that only one of the entry points knows.
 SCRIPTS = {"grpo.py": ("stages", "prompts_per_rollout"), "sft.py": ("global_batch_size", "freeze_vision")}
 
+# Keys whose values have to fit each other.
+ENTANGLED = (
+    *("stages", "prompts_per_rollout", "prompts_per_update", "per_device_train_batch_size", "global_batch_size"),
+    *("num_generations", "num_generations_eval", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("max_completion_length", "max_steps", "num_train_epochs", "steps_per_generation", "generation_batch_size"),
+    *("logging_steps", "save_steps", "eval_steps", "save_strategy", "eval_strategy"),
+)
+
 
 class RecipeError(ValueError):
     """A recipe that can't be run. The message names the key, the value and the fix."""
@@ -125,6 +133,12 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
 
 def check_keys(recipe: dict[str, Any], valid: Iterable[str], where: str = "") -> None:
     """Raise [`RecipeError`] naming every key of `recipe` that is not in `valid`, each with its nearest valid name."""
+    if problems := unknown_keys(recipe, valid, where):
+        raise RecipeError("\n".join(problems))
+
+
+def unknown_keys(recipe: dict[str, Any], valid: Iterable[str], where: str = "") -> list[str]:
+    """A sentence for every key of `recipe` that is not in `valid`, with its nearest valid name."""
     valid = sorted(valid)
     problems = []
     for key in recipe:
@@ -134,8 +148,7 @@ def check_keys(recipe: dict[str, Any], valid: Iterable[str], where: str = "") ->
             problems.append(
                 f"unknown key {where}`{key}`: {recipe[key]!r}; {hint if len(hint) < 400 else 'remove it.'}"
             )
-    if problems:
-        raise RecipeError("\n".join(problems))
+    return problems
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -187,7 +200,23 @@ def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
         `(recipe, *instances)`: the resolved recipe as a dict, then one instance of each of `dataclass_types`.
 
     Raises:
-        `RecipeError`: anything wrong with the file, a key, or a value's type.
+        `RecipeError`: everything wrong with the file, the keys and the types of their values.
+    """
+    recipe, instances, problems = parse_all(argv, dataclass_types)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe, *instances
+
+
+def parse_all(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple[dict[str, Any], tuple | None, list[str]]:
+    """
+    [`parse`] that goes on after a problem, so that all can be told at once.
+
+    Returns:
+        The recipe; instances made of what is right in it, `None` if that is impossible; the problems.
+
+    Raises:
+        `RecipeError`: there is no recipe to speak of: a missing file, broken YAML, or one of the other script.
     """
     from trl import TrlParser
 
@@ -201,23 +230,38 @@ def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
     else:
         raise RecipeError("name a recipe first, for example: recipes/toy/ptst.yaml [--key value ...]")
     recipe = merge(load(path), parse_overrides(argv))
-    parser = TrlParser(dataclass_types)
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions = {action.dest: action for action in TrlParser(dataclass_types)._actions if action.dest != "help"}
     _refuse_other_kind(recipe, actions)
-    check_keys(recipe, actions)
     hints = {key: hint for kind in dataclass_types for key, hint in get_type_hints(kind).items()}
-    problems = []
-    for key, value in recipe.items():
-        recipe[key], problem = _settle(key, value, hints[key], actions[key].choices)
-        problems += [problem] if problem else []
-    if problems:
-        raise RecipeError("\n".join(problems))
+    problems = unknown_keys(recipe, actions)
+    right = {}
+    for key in [key for key in recipe if key in actions]:
+        recipe[key], problem = _settle(key, recipe[key], hints[key], actions[key].choices)
+        if problem:
+            problems.append(problem)
+        else:
+            right[key] = recipe[key]
+    # What was refused is left out at the next try, so that the rest can be looked at.
+    while True:
+        try:
+            return recipe, _instances(right, dataclass_types), problems
+        except ValueError as error:
+            named = re.match(r"argument --(\w+): (.*)", str(error), re.DOTALL)
+            said = f"`{named[1]}`: {right.get(named[1])!r}: {named[2]}" if named else str(error)
+            problems += said.splitlines()
+            left = {key: value for key, value in right.items() if key not in ([named[1]] if named else ENTANGLED)}
+            if left == right:
+                return recipe, None, problems
+            right = left
+
+
+def _instances(recipe: dict[str, Any], dataclass_types: Sequence[type]) -> tuple:
+    from trl import TrlParser
+
+    parser = TrlParser(dataclass_types)
     parser.set_defaults_with_config(**recipe)
     parser.error = _refuse  # argparse would print some hundred lines of usage before its message
-    try:
-        return recipe, *parser.parse_args_into_dataclasses(args=[])
-    except ValueError as error:
-        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+    return parser.parse_args_into_dataclasses(args=[])
 
 
 def _refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
@@ -281,17 +325,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (expand, get, plan):
         command.add_argument("recipe")
     get.add_argument("key", help="a dot goes into a dict or a list: stages.0.steps")
-    plan.add_argument(
-        "--world-size", "--world_size", "--gpus", type=int, default=1, help="number of training processes (GPUs)"
-    )
+    plan.add_argument("--world-size", "--world_size", type=int, default=1, help="training processes")
+    plan.add_argument("--gpus", type=int, help="all GPUs, those of a vLLM server included")
+    plan.add_argument("--seconds-per-rollout", type=float, help="measured, for the GPU-hours")
     args, rest = parser.parse_known_args(argv)
     try:
-        if args.command == "plan" and args.world_size < 1:
-            raise RecipeError(f"--world-size: {args.world_size}, needs at least 1.")
+        if args.command == "plan" and min(args.world_size, 1 if args.gpus is None else args.gpus) < 1:
+            raise RecipeError(f"--world-size {args.world_size}, --gpus {args.gpus}: needs at least 1.")
         if args.command == "plan":
-            from .preflight import plan as make_plan
+            from .plan import plan as make_plan
 
-            text, problems = make_plan([args.recipe, *rest], args.world_size)
+            text, problems = make_plan([args.recipe, *rest], args.world_size, args.gpus, args.seconds_per_rollout)
             print(text)
             if problems:
                 print(f"\n{len(problems)} problem(s):", *(f"- {problem}" for problem in problems), sep="\n")

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
-from . import preflight, recipe
+from . import checkpoints, preflight, recipe
 from .data import DataReport
 
 
@@ -53,15 +53,34 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
             The resolved recipe.
         report ([`DataReport`]):
             What became of the rows.
+
+    Raises:
+        `RecipeError`: the checkpoint to resume from is of another run.
     """
     args, launch = trainer.args, trainer.accelerator.state
+    world = {"num_processes": launch.num_processes, "distributed_type": launch.distributed_type}
+    trainer.run_identity = checkpoints.identity(values, **world, data=report.fingerprint)
+    checkpoint, skipped = checkpoints.wanted(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None:
+        preflight.check(preflight.refuse_changes(checkpoint, trainer.run_identity, args.force_resume))
+        vars(trainer).update(checkpoints.read(checkpoint)["state"])
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressLine)
     if trainer.accelerator.is_main_process:
-        recipe.save(
-            values, args.output_dir, distributed_type=launch.distributed_type, num_processes=launch.num_processes
-        )
+        for folder in skipped:
+            print(f"{folder} is not complete, a run was killed there: skipped")
+        if args.resume_from_checkpoint:
+            print(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh", flush=True)
+        recipe.save(values, args.output_dir, **world)
         report.save(Path(args.output_dir, "data_report.json"))
-    trainer.train(resume_from_checkpoint=preflight.checkpoint(args))
-    trainer.save_model(args.output_dir)
+    trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
+    if trainer.state.global_step < trainer.state.max_steps:
+        if trainer.accelerator.is_main_process:
+            print(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; "
+                "`--resume_from_checkpoint auto` goes on. The model is saved when the run is finished."
+            )
+        return
+    trainer.save_model(args.output_dir)

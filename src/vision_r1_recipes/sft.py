@@ -14,18 +14,16 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from transformers import set_seed  # noqa: E402
-from trl import ModelConfig  # noqa: E402
 
-from vision_r1_recipes import preflight, recipe  # noqa: E402
-from vision_r1_recipes.configs import DataArguments, VisionSFTConfig  # noqa: E402
+from vision_r1_recipes import preflight  # noqa: E402
+from vision_r1_recipes.configs import VisionSFTConfig  # noqa: E402
 from vision_r1_recipes.data import prepare  # noqa: E402
 from vision_r1_recipes.run import run  # noqa: E402
 from vision_r1_recipes.trainers import VisionSFTTrainer, lora_config  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
-    values, data, args, model = recipe.parse(argv, (DataArguments, VisionSFTConfig, ModelConfig))
-    preflight.check(preflight.sft_problems(values, data, args, model) + preflight.run_problems(args))
+    values, data, args, model = preflight.read(argv, VisionSFTConfig)
     set_seed(args.seed)
 
     processor, rows, eval_rows, report = prepare(data, model, "sft", args.max_length)

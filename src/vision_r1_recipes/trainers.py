@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import re
-from collections import deque
+import shutil
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import is_peft_model
-from peft import LoraConfig
-from torch.utils.data import DataLoader, Dataset
+from accelerate.utils import gather_object, is_peft_model, set_seed
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config, is_conversational, prepare_multimodal_messages
 
+from . import checkpoints
 from .configs import VisionGRPOConfig, VisionSFTConfig
+from .pictures import Pictures, pictures_of, shareable
 from .ptst import PTSTCallback, Stage, num_rollouts, parse_stages, stage_at
 
 
@@ -49,19 +63,48 @@ def lora_config(model_args: ModelConfig) -> LoraConfig | None:
     return config
 
 
-class _RestoreWeights:
+class _Checkpoints:
     """
-    Mixin: resuming restores the weights, or fails.
+    Mixin: a checkpoint says that it is complete, and resuming restores its weights or fails.
 
     A checkpoint of a Qwen2.5-VL is saved under the hub's key names, while `Trainer` loads it with `strict=False` into
     the module's own: every key is skipped with a warning and training goes on from the initial weights. Loading
-    through `from_pretrained` converts the names. DeepSpeed, FSDP and PEFT checkpoints take other paths.
+    through `from_pretrained` converts the names. DeepSpeed and FSDP checkpoints take other paths.
     """
+
+    run_identity: Mapping[str, Any] = MappingProxyType({})  # written into every checkpoint, see `checkpoints.identity`
+
+    def _save_checkpoint(self, model, trial) -> None:
+        home = Path(self._get_output_dir(trial=trial))
+        folder = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # what a killed run left
+        self.accelerator.wait_for_everyone()
+        # The marker follows when every rank has written its part, and older checkpoints go only after that.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            state = {name: getattr(self, name) for name in ("_total_train_tokens",) if hasattr(self, name)}
+            checkpoints.mark(folder, {"identity": dict(self.run_identity), "state": state})
+            rotate_checkpoints(str(home), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.model if model is None else model
-        if self.is_fsdp_enabled or is_peft_model(model):
+        if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if is_peft_model(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            saved, loaded = load_peft_weights(resume_from_checkpoint, device="cpu"), get_peft_model_state_dict(model)
+            wrong = [name for name in saved.keys() | loaded.keys() if not _same(saved.get(name), loaded.get(name))]
+            if wrong:
+                raise RuntimeError(
+                    f"{resume_from_checkpoint} doesn't hold this adapter's weights: {sorted(wrong)[:5]}"
+                )
+            return
         saved, info = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
         wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
@@ -70,7 +113,11 @@ class _RestoreWeights:
         model.load_state_dict(saved.state_dict(), strict=True)
 
 
-class VisionSFTTrainer(_RestoreWeights, SFTTrainer):
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a.to(b.dtype).cpu(), b.detach().cpu())
+
+
+class VisionSFTTrainer(_Checkpoints, SFTTrainer):
     """
     TRL's [`SFTTrainer`] that can leave the vision tower as it is (`VisionSFTConfig.freeze_vision`).
 
@@ -96,7 +143,7 @@ class _Rollouts(Dataset):
     but its index: there is no state to lose at a resume.
     """
 
-    def __init__(self, rows, prompts_per_rollout, rollouts, micro_steps, seed, process_index, num_processes):
+    def __init__(self, rows, prompts_per_rollout, rollouts, micro_steps, seed, process_index, num_processes, seconds):
         self.rows = rows
         self.prompts_per_rollout = prompts_per_rollout
         self.rollouts = rollouts
@@ -104,6 +151,7 @@ class _Rollouts(Dataset):
         self.seed = seed
         self.process_index = process_index
         self.share = prompts_per_rollout // num_processes
+        self.seconds = seconds  # a counter: time spent on reading rows, unless another process reads them
 
     def __len__(self) -> int:
         return self.rollouts * self.micro_steps
@@ -112,8 +160,11 @@ class _Rollouts(Dataset):
         rollout, micro_step = divmod(i, self.micro_steps)
         if micro_step:
             return []
+        start = perf_counter()
         first = rollout * self.prompts_per_rollout + self.process_index * self.share
-        return [self.rows[self.row_at(position)] for position in range(first, first + self.share)]
+        rows = [self.rows[self.row_at(position)] for position in range(first, first + self.share)]
+        self.seconds["host"] += perf_counter() - start
+        return rows
 
     def row_at(self, position: int) -> int:
         """Row number at `position` of the run's stream of prompts."""
@@ -131,13 +182,37 @@ def _only(batch: list) -> list[dict[str, Any]]:
     return batch[0]
 
 
-class VisionGRPOTrainer(_RestoreWeights, GRPOTrainer):
+@contextmanager
+def _rng_kept():
+    """What is drawn inside leaves no trace in Python's, numpy's and torch's random states."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@dataclass
+class _Rollout:
+    """The prompts of one rollout on one process, while completions are generated and scored."""
+
+    prompts: list[dict[str, Any]]  # rows of the dataset, one per prompt
+    group: int  # completions per prompt
+
+    def repeat(self, items: list) -> list:
+        return [item for item in items for _ in range(self.group)]
+
+
+class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
     """
     TRL's [`GRPOTrainer`] with Progressive Thinking Suppression Training.
 
     With `VisionGRPOConfig.stages`, a row of the dataloader is a prompt, and the group is made when completions are
     generated. Group size and length can then change between two rollouts, prompts per update stay what the recipe
-    says, and a picture is decoded once per rollout. Without `stages` the trainer is TRL's own.
+    says, and a picture is decoded and processed once per rollout and kept once, in host memory. Evaluation works the
+    same way with `num_generations_eval`. Without `stages` the trainer is TRL's own.
 
     Example:
     ```python
@@ -156,39 +231,39 @@ class VisionGRPOTrainer(_RestoreWeights, GRPOTrainer):
     def __init__(self, model, reward_funcs=None, args: VisionGRPOConfig | None = None, **kwargs):
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.stages = parse_stages(args.stages) if getattr(args, "stages", None) else None
+        if self.use_vllm:
+            guard_placeholders(self.vllm_generation, self._image_pad_token_id)
+        self._rollout: _Rollout | None = None
+        self._pictures: Pictures | None = None
+        self._seconds = Counter()
         if self.stages is None:
             return
+        stock = self.tools or self.environment_factories is not None or self.rollout_func is not None
+        self._shares_pictures = shareable(self.processing_class) and not stock
         self.updates_per_rollout = args.steps_per_generation // args.gradient_accumulation_steps * self.num_iterations
         self.set_stage(0, self.stages[0])
-        self.add_callback(PTSTCallback(self, self.stages, self.updates_per_rollout))
+        self.add_callback(PTSTCallback(self, self.stages, self.updates_per_rollout, args.stop_after_rollouts))
 
     def set_stage(self, index: int, stage: Stage) -> None:
         """Generate from now on `stage.num_generations` completions of up to `stage.max_completion_length` tokens."""
         self.num_generations = stage.num_generations
-        self.max_completion_length = stage.max_completion_length
         self._rows = self.args.per_device_train_batch_size * stage.num_generations // self.stages[0].num_generations
+        self._set_sampling(max_completion_length=stage.max_completion_length)
+
+    def _set_sampling(self, max_completion_length: int, **sampling: float) -> None:
+        self.max_completion_length = max_completion_length
         if self.use_vllm:
-            self.vllm_generation.max_completion_length = stage.max_completion_length
+            vars(self.vllm_generation).update(max_completion_length=max_completion_length, **sampling)
         else:
-            self.generation_config.max_new_tokens = stage.max_completion_length
-            self.generation_kwargs["max_new_tokens"] = stage.max_completion_length
+            sampling["max_new_tokens"] = max_completion_length
+            self.generation_config.update(**sampling)
+            self.generation_kwargs.update(sampling)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.stages is None:
             return super().get_train_dataloader()
-        rollouts = _Rollouts(
-            self.train_dataset,
-            self.args.prompts_per_rollout,
-            num_rollouts(self.stages),
-            self.args.steps_per_generation * self.num_iterations,
-            (self.args.data_seed if self.args.data_seed is not None else self.args.seed)
-            if self.shuffle_dataset
-            else None,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
         return DataLoader(
-            rollouts,
+            self.rollouts(),
             batch_size=1,
             collate_fn=_only,
             num_workers=self.args.dataloader_num_workers,
@@ -196,21 +271,178 @@ class VisionGRPOTrainer(_RestoreWeights, GRPOTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
+    def rollouts(self) -> _Rollouts:
+        """The run's prompts on this process, by micro-step."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _Rollouts(
+            self.train_dataset,
+            self.args.prompts_per_rollout,
+            num_rollouts(self.stages),
+            self.args.steps_per_generation * self.num_iterations,
+            seed if self.shuffle_dataset else None,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self._seconds,
+        )
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler:
+        # TRL's repeats rows by `num_generations_eval`; here the group is made when completions are generated.
+        return super()._get_eval_sampler(eval_dataset) if self.stages is None else SequentialSampler(eval_dataset)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """
+        TRL's evaluation with its own length and sampling, at a seed of its own; training goes on untouched. Its
+        completions are not written: their table would take the place of the training's at the same step.
+        """
+        if self.stages is None:
+            return super().evaluate(*args, **kwargs)
+        ours = self.args
+        cap = ours.eval_max_completion_length or max(stage.max_completion_length for stage in self.stages)
+        before = {"max_completion_length": self.max_completion_length, "temperature": self.temperature}
+        before["top_p"] = self.top_p
+        logs, self._logs, log_completions, self.log_completions = self._logs, _empty(), self.log_completions, False
+        self._set_sampling(cap, temperature=ours.eval_temperature, top_p=ours.eval_top_p)
+        try:
+            with _rng_kept():
+                set_seed(ours.seed, device_specific=True)
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self._set_sampling(**before)
+            self._logs, self.log_completions = logs, log_completions
+
+    def probe(self, num_prompts: int) -> tuple[dict[str, float], str]:
+        """
+        Metrics of a rollout of the run's first `num_prompts` prompts at the present stage, and its first completion.
+
+        Weights, random states, metrics and logs are afterwards what they were.
+        """
+        share = -(-num_prompts // self.accelerator.num_processes)
+        rows = self.rollouts()[0][:share]
+        kept = copy.deepcopy((self._metrics, self._logs)), self.state.num_input_tokens_seen, Counter(self._seconds)
+        training = self.model.training
+        self.model.train()
+        try:
+            with _rng_kept():
+                self._generate_and_score_completions(rows)
+            metrics = {name: float(np.mean(values)) for name, values in self._metrics["train"].items() if values}
+            sample = _as_text(next(iter(self._logs["completion"])))
+            return metrics, sample if isinstance(sample, str) else sample[-1]["content"]
+        finally:
+            self.model.train(training)
+            (self._metrics, self._logs), self.state.num_input_tokens_seen, seconds = kept
+            self._seconds.clear()
+            self._seconds.update(seconds)
+
+    # One rollout
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.stages is None:
+            return super()._generate_and_score_completions(inputs)
+        start = perf_counter()
+        if self.model.training:
+            self._logs = (
+                _empty()
+            )  # TRL keeps as many rows as the first stage's rollouts have: old ones in later stages
+        rollout = _Rollout(inputs, self.num_generations if self.model.training else self.num_generations_eval)
+        if not self._shares_pictures:
+            output = super()._generate_and_score_completions(rollout.repeat([dict(row) for row in inputs]))
+        else:
+            # TRL sees no pictures: they reach the generation in `_generate`, the model in `_get_per_token_logps_...`
+            # and `_compute_loss`, the rewards in `_calculate_rewards`.
+            bare = [{k: v for k, v in row.items() if k not in ("image", "images")} for row in inputs]
+            self._rollout = rollout
+            try:
+                output = super()._generate_and_score_completions([dict(row) for row in rollout.repeat(bare)])
+            finally:
+                self._rollout = None
+            output["prompt"] = rollout.repeat(list(range(len(inputs))))
+            if self.log_multimodal:
+                self._logs["images"].extend(gather_object(rollout.repeat([pictures_of(row) for row in inputs])))
+        if self.model.training:
+            self._seconds["rollout"] += perf_counter() - start
+        return output
+
+    def _generate(self, prompts: list):
+        if self._rollout is None:
+            return super()._generate(prompts)
+        prompts = prompts[:: self._rollout.group]
+        if is_conversational({"prompt": prompts[0]}):
+            prompts = [
+                prepare_multimodal_messages(prompt, images=pictures_of(row))
+                for prompt, row in zip(prompts, self._rollout.prompts, strict=True)
+            ]
+        *generated, _, tool_images = super()._generate(self._rollout.repeat(prompts))
+        return *generated, None, tool_images
+
+    def _tokenize_prompts(self, prompts: list):
+        if self._rollout is None:
+            return super()._tokenize_prompts(prompts)
+        start, repeat = perf_counter(), self._rollout.repeat
+        ids, images, fields = super()._tokenize_prompts(prompts[:: self._rollout.group])
+        images = [None] * len(ids) if images is None else images
+        self._pictures = Pictures(fields, [len(of_prompt or ()) for of_prompt in images])
+        # vLLM gets the pictures themselves
+        fields = {} if self.use_vllm else self._pictures.unpadded(repeat(list(range(len(ids)))))
+        if self.model.training:
+            self._seconds["host"] += perf_counter() - start
+        return repeat(ids), repeat(images) if any(images) else None, fields
+
+    def _generate_single_turn(self, *args, **kwargs):
+        start = perf_counter()
+        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.stages is not None and self.model.training:
-            inputs = [dict(row) for row in inputs for _ in range(self.num_generations)]
-        return super()._generate_and_score_completions(inputs)
+            self._seconds["generation"] += perf_counter() - start
+            self._seconds["tokens"] += sum(map(len, completion_ids))
+        return completion_ids, logprobs
 
-    def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
-        if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
-            prompt_ids = [collapse_runs(ids, self._image_pad_token_id) for ids in prompt_ids]
-        return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+    def _calculate_rewards(self, inputs, prompts, *args):
+        start = perf_counter()
+        if self._rollout is not None:
+            rows = self._rollout.repeat(self._rollout.prompts)
+            inputs = [{**row, **of_row} for row, of_row in zip(rows, inputs, strict=True)]
+        rewards = super()._calculate_rewards(inputs, prompts, *args)
+        if self.stages is not None and self.model.training:
+            self._seconds["host"] += perf_counter() - start
+        return rewards
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, batch_size=None, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
         # TRL passes the first stage's micro-batch; longer stages have fewer rows in the same memory.
         if batch_size is not None and self.stages is not None and self.model.training:
             batch_size = self._rows
-        return super()._get_per_token_logps_and_entropies(model, input_ids, *args, batch_size=batch_size, **kwargs)
+        if self.stages is None or self._rollout is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
+            )
+        rows, length = input_ids.shape
+        chunks = []
+        for first in range(0, rows, batch_size or rows):
+            chunk = slice(first, min(first + (batch_size or rows), rows))
+            prompts = [row // self._rollout.group for row in range(chunk.start, chunk.stop)]
+            pictures = self._pictures.padded(prompts, length - logits_to_keep, length, input_ids.device)
+            chunks.append(
+                super()._get_per_token_logps_and_entropies(
+                    model, input_ids[chunk], attention_mask[chunk], logits_to_keep, **{**kwargs, **pictures}
+                )
+            )
+        logps, entropies, aux_losses = zip(*chunks, strict=True)
+        return (
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),
+            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
+
+    def _compute_loss(self, model, inputs):
+        if "prompt" in inputs:
+            prompt_length, completion_length = inputs["prompt_ids"].size(1), inputs["completion_ids"].size(1)
+            pictures = self._pictures.padded(
+                inputs["prompt"], prompt_length, prompt_length + completion_length, inputs["prompt_ids"].device
+            )
+            inputs = {**inputs, **pictures}
+        return super()._compute_loss(model, inputs)
+
+    # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.stages is not None:
@@ -223,10 +455,33 @@ class VisionGRPOTrainer(_RestoreWeights, GRPOTrainer):
             logs["stage/num_generations"] = stage.num_generations
             # The Trainer's epoch is a share of the run here; users expect passes over the data.
             self.state.epoch = done * self.args.prompts_per_rollout / len(self.train_dataset)
+            if not self.model.training:
+                logs["eval_max_completion_length"] = self.max_completion_length
+                logs["eval_temperature"], logs["eval_top_p"] = self.args.eval_temperature, self.args.eval_top_p
+            elif self._seconds["rollout"]:
+                logs.update(self._clock())
         if self.log_completions:
             # wandb's tables refuse messages whose parts have different keys, as pictures and text have.
             self._logs["prompt"] = deque(map(_as_text, self._logs["prompt"]), self._logs["prompt"].maxlen)
         super().log(logs, start_time)
+
+    def _clock(self) -> dict[str, float]:
+        """Where this process' time went since the last row of the log, and tokens generated on it per second."""
+        now = perf_counter()
+        spent = Counter(self._seconds)
+        self._seconds.clear()
+        self._seconds["logged"] = now
+        clock = {f"time/{name}": spent[name] for name in ("rollout", "generation", "host")}
+        if spent["logged"]:
+            clock["time/host_share"] = spent["host"] / (now - spent["logged"])
+        clock["tokens_per_second"] = spent["tokens"] / spent["generation"] if spent["generation"] else 0.0
+        return clock
+
+
+def _empty() -> dict[str, Any]:
+    """TRL's buffers for the table of completions."""
+    single = {name: deque() for name in ("images", "prompt", "completion", "advantages")}
+    return {**single, "rewards": defaultdict(deque), "extra": defaultdict(deque)}
 
 
 def _as_text(messages: list[dict[str, Any]] | str) -> list[dict[str, str]] | str:
@@ -241,11 +496,41 @@ def _as_text(messages: list[dict[str, Any]] | str) -> list[dict[str, str]] | str
     return [{"role": message["role"], "content": text(message["content"])} for message in messages]
 
 
-def collapse_runs(ids: list[int], token_id: int) -> list[int]:
+def guard_placeholders(generation: Any, image_token_id: int | None) -> None:
     """
-    `ids` with every run of `token_id` made one.
+    Make `generation`, TRL's [`VLLMGeneration`], right for prompts whose image placeholders are expanded already.
 
-    vLLM expands each image placeholder itself; TRL's colocate mode hands it prompts that are expanded already, and the
-    model then sees the image tokens twice.
+    vLLM expands each placeholder itself. In colocate mode TRL 1.16 hands it expanded prompts, so that the model sees
+    every image token twice; they are collapsed here, and what vLLM made of them must be the trainer's prompts again.
+    Image tokens can't be sampled: in the policy's forward pass one would claim a picture's features.
+
+    Raises (when it generates):
+        `RuntimeError`: vLLM's prompts are not the trainer's.
     """
+    if image_token_id is None:
+        return
+    bias = dict(generation.generation_kwargs.get("logit_bias") or {})
+    generation.generation_kwargs = {**generation.generation_kwargs, "logit_bias": {**bias, image_token_id: -100.0}}
+    if generation.mode != "colocate":
+        return
+    generate = generation.generate
+
+    def guarded(prompts, images, *args, **kwargs):
+        if images is None:
+            return generate(prompts, images, *args, **kwargs)
+        made = generate([collapse_runs(ids, image_token_id) for ids in prompts], images, *args, **kwargs)
+        for ours, theirs in zip(prompts, made[0], strict=True):
+            if ours != list(theirs):
+                counts = ours.count(image_token_id), list(theirs).count(image_token_id)
+                raise RuntimeError(
+                    f"vLLM sees another prompt than the trainer: {len(theirs)} tokens, {counts[1]} of pictures, "
+                    f"against {len(ours)} and {counts[0]}. Do both resize pictures alike? `use_vllm: false` works too."
+                )
+        return made
+
+    generation.generate = guarded
+
+
+def collapse_runs(ids: list[int], token_id: int) -> list[int]:
+    """`ids` with every run of `token_id` made one."""
     return [token for i, token in enumerate(ids) if token != token_id or i == 0 or ids[i - 1] != token_id]

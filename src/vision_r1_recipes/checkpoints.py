@@ -1,0 +1,128 @@
+"""Which checkpoint to go on from: the newest complete one of the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .recipe import RecipeError
+
+
+MARKER = "complete.json"
+LAUNCH = ("num_processes", "distributed_type", "data")  # keys of an identity that are not a recipe's
+# Keys of a recipe that change neither a rollout nor an update: a resumed run may have others.
+FREE = (
+    *("output_dir", "run_name", "report_to", "project", "disable_tqdm", "resume_from_checkpoint", "force_resume"),
+    *("stop_after_rollouts", "probe_prompts", "num_proc", "ddp_timeout", "push_to_hub"),
+    *("num_completions_to_print", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "max_dropped_share"),
+)
+FREE_PREFIXES = ("log_", "logging_", "save_", "eval_", "hub_", "dataloader_", "trackio_", "vllm_server_")
+
+
+def mark(folder: str | Path, content: Mapping[str, Any]) -> None:
+    """Declare the checkpoint in `folder` complete: the last thing written, in one stroke, with every file's size."""
+    folder = Path(folder)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = {name: size for name, size in files.items() if not name.startswith(MARKER)}
+    draft = folder / f"{MARKER}.draft"
+    draft.write_text(json.dumps({**content, "files": files}, indent=1))
+    os.replace(draft, folder / MARKER)
+
+
+def read(folder: str | Path) -> dict[str, Any] | None:
+    """The content of a complete checkpoint's marker; `None` when the checkpoint is not complete."""
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / MARKER).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in content["files"]}
+    except (OSError, ValueError, KeyError):
+        return None
+    return content if sizes == content["files"] else None
+
+
+def saved(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in `output_dir`, complete or not, oldest first."""
+    found = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and step.isdigit():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found)]
+
+
+def wanted(resume_from_checkpoint: Any, output_dir: str | Path) -> tuple[Path | None, list[Path]]:
+    """
+    The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            A folder; `true`, the newest complete checkpoint in `output_dir`; `auto`, the same, or a fresh start when
+            there is none; `None` or `false`, a fresh start.
+        output_dir (`str`):
+            Where the run keeps its checkpoints.
+
+    Returns:
+        The checkpoint, or `None` for a fresh start, and the newer ones that are not complete.
+
+    Raises:
+        `RecipeError`: there is no such checkpoint, or the one named is not complete.
+    """
+    choice = str(resume_from_checkpoint).lower()
+    if choice in ("none", "false"):
+        return None, []
+    if choice not in ("true", "auto"):
+        folder = Path(resume_from_checkpoint)
+        if not folder.is_dir():
+            raise RecipeError(f"`resume_from_checkpoint`: {folder} is not a folder. Give a checkpoint, true or auto.")
+        if read(folder) is None:
+            raise RecipeError(
+                f"`resume_from_checkpoint`: {folder} is not complete: {MARKER} is missing, or a file it lists. `auto` "
+                "takes the newest complete checkpoint."
+            )
+        return folder, []
+    skipped: list[Path] = []
+    for folder in reversed(saved(output_dir)):
+        if read(folder) is not None:
+            return folder, skipped
+        skipped.append(folder)
+    if choice == "true":
+        incomplete = f", only incomplete ones: {', '.join(map(str, skipped))}" if skipped else ""
+        raise RecipeError(
+            f"`resume_from_checkpoint`: true, but {output_dir} holds no complete checkpoint{incomplete}. `auto` "
+            "starts afresh then."
+        )
+    return None, skipped
+
+
+def identity(values: Mapping[str, Any], **launch: Any) -> dict[str, Any]:
+    """What must not change between two parts of one run: the science of its recipe, and `launch` (world, data)."""
+    science = {key: value for key, value in values.items() if key not in FREE and not key.startswith(FREE_PREFIXES)}
+    return json.loads(json.dumps({**science, **launch}))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """
+    A sentence for every key in which two identities differ; what `now` doesn't know yet of the launch is passed over.
+
+    More stages behind the old ones are no change where the learning rate doesn't depend on the length of the run.
+    """
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new or (key in LAUNCH and key not in now):
+            continue
+        constant = str(now.get("lr_scheduler_type", "linear")).startswith("constant")
+        if key == "stages" and constant and isinstance(new, list) and new[: len(old or [])] == old:
+            continue
+        found.append(f"`{key}`: {_short(old)} in the checkpoint, {_short(new)} now")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,211 @@
+"""`recipe plan`: what a recipe would do on so many processes, and what is wrong with it; no GPU, data or weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForImageTextToText
+from trl import ModelConfig
+
+from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
+from .preflight import longest_sequence, model_config, recipe_problems
+from .ptst import batch_arithmetic, num_rollouts, parse_stages
+from .recipe import load, merge, parse_all, parse_overrides
+
+
+BYTES_PER_PIXEL = 24  # Qwen2.5-VL's `pixel_values`: 3 colours x 2 frames x 4 bytes
+BYTES_PER_PARAMETER = 14  # of a checkpoint: weights in bf16, master weights and AdamW's two moments in fp32
+
+
+def planned(config_class: type, world_size: int) -> type:
+    """`config_class` as it would be on `world_size` processes, on a machine that may have neither them nor a GPU."""
+    assumed = {"world_size": property(lambda self: world_size), "_num_processes": lambda self: world_size}
+    return type(config_class.__name__, (config_class,), assumed)
+
+
+def plan(
+    argv: Sequence[str], world_size: int = 1, gpus: int | None = None, seconds_per_rollout: float | None = None
+) -> tuple[str, list[str]]:
+    """
+    What `argv` (a recipe and overrides) would do.
+
+    Args:
+        world_size (`int`, *optional*, defaults to `1`):
+            Training processes.
+        gpus (`int`, *optional*):
+            All GPUs instead: those of the training processes and, with `vllm_mode: server`, of the server.
+        seconds_per_rollout (`float`, *optional*):
+            Measured time of a rollout with its updates, for the GPU-hours.
+
+    Returns:
+        The plan as text, and all problems found.
+    """
+    recipe = merge(load(argv[0]), parse_overrides(argv[1:]))
+    serving = 0
+    if gpus is not None:
+        if recipe.get("use_vllm") and recipe.get("vllm_mode") == "server":
+            serving = recipe.get("vllm_tensor_parallel_size", 1)
+        world_size = gpus - serving
+        if world_size < 1:
+            return f"{argv[0]}: can't be run", [f"--gpus: {gpus}, and the vLLM server alone takes {serving}."]
+    config_class = VisionGRPOConfig if recipe.keys() & {"stages", "prompts_per_rollout"} else VisionSFTConfig
+    instances, problems = _check(argv, config_class, world_size)
+    if problems and serving:
+        fits = [n for n in range(1, 2 * gpus) if not _check(argv, config_class, n)[1]]
+        near = sorted(sorted(fits, key=lambda n: abs(n - world_size))[:3])
+        splits = ", ".join(f"{n} + {serving} = {n + serving}" for n in near) or "none"
+        problems.append(f"--gpus: splits into training and server near {world_size} + {serving} that work: {splits}.")
+    title = f"{argv[0]} on {world_size} process(es)" + (f" and {serving} GPU(s) of a vLLM server" if serving else "")
+    if instances is None or getattr(instances[1], "stages", instances[1]) is None:
+        return f"{title}: can't be run", problems
+    describe = _grpo if config_class is VisionGRPOConfig else _sft
+    lines = describe(*instances, world_size)
+    if seconds_per_rollout and config_class is VisionGRPOConfig:
+        hours = seconds_per_rollout * num_rollouts(parse_stages(instances[1].stages)) / 3600
+        lines.append(
+            f"at {seconds_per_rollout:g} s a rollout: {hours:,.1f} h, {hours * (gpus or world_size):,.0f} GPU-h"
+        )
+    return "\n".join([f"{title}: {lines[0]}", *lines[1:]]), problems
+
+
+def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[tuple | None, list[str]]:
+    types = (DataArguments, planned(config_class, world_size), ModelConfig)
+    values, instances, problems = parse_all([*argv, "--use_cpu", "true"], types)
+    if instances is not None:
+        problems = problems + recipe_problems(values, *instances)
+    return instances, list(dict.fromkeys(problems))
+
+
+def _sft(data: DataArguments, args: VisionSFTConfig, model: ModelConfig, world_size: int) -> list[str]:
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    return [
+        f"SFT of {model.model_name_or_path}",
+        f"rows per update {rows} = {args.per_device_train_batch_size} per micro-batch x "
+        f"{args.gradient_accumulation_steps} micro-steps x {world_size} processes; longest row {args.max_length} "
+        f"tokens; {args.num_train_epochs:g} epochs",
+        *_about_the_data(data, None, None),
+        *_about_the_model(model, args),
+    ]
+
+
+def _grpo(data: DataArguments, args: VisionGRPOConfig, model: ModelConfig, world_size: int) -> list[str]:
+    stages = parse_stages(args.stages)
+    numbers, _ = batch_arithmetic(
+        stages,
+        args.prompts_per_rollout,
+        args.prompts_per_update,
+        args.per_device_train_batch_size,
+        world_size,
+        args.num_iterations,
+    )
+    micro_batches, prompt = numbers.rows_per_micro_batch, data.max_prompt_length
+
+    def tokens(rows: int, cap: int) -> str:
+        return f"{rows * (cap + prompt):,}" if prompt else f"{rows * cap:,} + prompts"
+
+    table = [
+        ("stage", [i + 1 for i in range(len(stages))]),
+        ("rollouts", [s.steps for s in stages]),
+        ("optimizer steps", [s.steps * numbers.updates_per_rollout for s in stages]),
+        ("max_completion_length", [s.max_completion_length for s in stages]),
+        ("num_generations", [s.num_generations for s in stages]),
+        ("prompts per rollout", [args.prompts_per_rollout] * len(stages)),
+        ("completions per rollout", [args.prompts_per_rollout * s.num_generations for s in stages]),
+        ("completions per update", [args.prompts_per_update * s.num_generations for s in stages]),
+        ("rows per micro-batch", micro_batches),
+        (
+            "tokens per micro-batch, at most",
+            [tokens(n, s.max_completion_length) for n, s in zip(micro_batches, stages, strict=True)],
+        ),
+        (
+            "completion tokens in all, at most",
+            [f"{s.steps * args.prompts_per_rollout * s.num_generations * s.max_completion_length:,}" for s in stages],
+        ),
+    ]
+    text = [(name, list(map(str, values))) for name, values in table]
+    width = max(len(name) for name, _ in text)
+    columns = [max(len(values[i]) for _, values in text) for i in range(len(stages))]
+    longest = longest_sequence(data, args)
+    prompts = num_rollouts(stages) * args.prompts_per_rollout
+    lines = [
+        f"GRPO of {model.model_name_or_path}, reward {args.reward}",
+        f"{args.prompts_per_rollout} prompts per rollout, {args.prompts_per_update} per update; "
+        f"{numbers.micro_steps_per_update} micro-steps per update, "
+        f"{numbers.updates_per_rollout} update(s) per rollout; "
+        f"{num_rollouts(stages)} rollouts, {args.max_steps} optimizer steps, {prompts:,} prompts",
+        "",
+        *(
+            f"{name:<{width}}  " + "  ".join(f"{v:>{c}}" for v, c in zip(values, columns, strict=True))
+            for name, values in text
+        ),
+        "",
+        f"longest sequence {longest or 'unbounded (no max_prompt_length)'} tokens"
+        + (f", vllm_max_model_length {args.vllm_max_model_length}" if args.use_vllm else ""),
+        *_about_the_data(data, prompts, args.prompts_per_rollout // world_size),
+        *_about_the_model(model, args),
+    ]
+    if args.loss_type == "bnpo" and len(set(micro_batches)) > 1:
+        lines.append("warning: loss_type bnpo averages over the micro-batch, whose rows change between the stages.")
+    return lines
+
+
+def _about_the_data(data: DataArguments, prompts: int | None, held: int | None) -> list[str]:
+    counts = [_num_rows(source) for source in data.datasets]
+    rows = None if None in counts else sum(counts)
+    known = f"{rows:,} rows before any is dropped" if rows is not None else "rows unknown, not all of it is here"
+    passes = f", {prompts / rows:.2f} passes over them" if rows and prompts else ""
+    lines = [f"data: {known}{passes}"]
+    if held and data.max_pixels:
+        pixels = min(data.max_pixels, 28 * 28 * (data.max_prompt_length or data.max_pixels))
+        lines.append(
+            f"pictures of a rollout in each process' host memory: {held * pixels * BYTES_PER_PIXEL / 1e9:.2f} GB at "
+            "most, with one picture a prompt"
+        )
+    return lines
+
+
+def _num_rows(source: dict) -> int | None:
+    """Rows of a source that lies here, from the files alone; `None` when it doesn't or can't be read."""
+    path, split = Path(str(source.get("path"))), str(source.get("split", "train"))
+    names = source.get("data_files") or []
+    files = [path / name for name in ([names] if isinstance(names, str) else names)] or (
+        [path] if path.is_file() else sorted(path.rglob(f"*{split}*.parquet"))
+    )
+    try:
+        rows = sum(
+            pq.read_metadata(file).num_rows
+            if file.suffix == ".parquet"
+            else len(json.loads(file.read_text()))
+            if file.suffix == ".json"
+            else sum(1 for line in file.open() if line.strip())
+            for file in files
+        )
+    except (OSError, ValueError):
+        return None
+    return min(rows, source.get("limit") or rows) if files else None
+
+
+def _about_the_model(model: ModelConfig, args: VisionSFTConfig | VisionGRPOConfig) -> list[str]:
+    config = model_config(model.model_name_or_path)
+    if config is None:
+        return [
+            f"note: {model.model_name_or_path} is not here, its size, positions and heads were not checked: plan "
+            "again with, for example, `--model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct`"
+        ]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    lines = [f"model: {parameters / 1e9:.3g} billion parameters"]
+    if model.use_peft:
+        return [*lines, "checkpoints hold the adapter only"]
+    if args.save_strategy != "no":
+        each = parameters * BYTES_PER_PARAMETER / 1e9
+        kept = f"{args.save_total_limit} kept, {each * (args.save_total_limit + 1):,.3g} GB while one is written"
+        lines.append(
+            f"checkpoint: {each:,.3g} GB with bf16 and DeepSpeed's fp32 master weights; "
+            + (kept if args.save_total_limit else "all kept, no save_total_limit")
+        )
+    return lines
