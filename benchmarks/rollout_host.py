@@ -145,10 +145,11 @@ def main() -> None:
                     f"{per_prompt[True][1]:g} / {per_prompt[False][1]:g} |"
                 )
                 print(lines[-1], flush=True)
-                spent = {k: median(row[f"time/{k}"] for row in logs) for k in ("rollout", "generation", "host")}
+                names = ("rollout", "generation", "pictures", "rewards")
+                spent = {k: median(row[f"time/{k}"] for row in logs) for k in names}
                 divided.append(
                     f"| {size} | {groups} x {GROUP} | {median(steps[True]):.2f} | {spent['rollout']:.2f} | "
-                    f"{spent['generation']:.2f} | {spent['host']:.3f} |"
+                    f"{spent['generation']:.2f} | {spent['pictures']:.3f} | {spent['rewards']:.3f} |"
                 )
     packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
     print(f"\n{date.today()}, {packages}, Python {platform.python_version()}, {torch.get_num_threads()} threads\n")
@@ -157,8 +158,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|", *lines, sep="\n")
     print("\nOurs, seconds of a step:\n")
-    print("| picture | completions | step | rollout | of it generation | pictures, processor and rewards |")
-    print("|---|---|---|---|---|---|", *divided, sep="\n")
+    print("| picture | completions | step | rollout | of it generation | decoding and processor | rewards |")
+    print("|---|---|---|---|---|---|---|", *divided, sep="\n")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def test_refused_everywhere(problems, base, changes, parts):
         ({"use_vllm": True, "max_prompt_length": None}, ["`max_prompt_length` is needed"]),
         ({"max_prompt_length": 4000}, ["4128", "4096 positions"]),
         ({"loss_type": "dapoo"}, ["`loss_type`: 'dapoo'", "dapo"]),
+        ({"use_transformers_continuous_batching": True}, ["`use_transformers_continuous_batching`", "no pictures"]),
+        ({"auto_find_batch_size": True}, ["`auto_find_batch_size`"]),
         ({"vllm_mode": "colocated"}, ["`vllm_mode`: 'colocated'", "colocate, server"]),
     ],
 )

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -425,6 +426,97 @@ def test_without_stages_it_is_trls_own_trainer(toy, tmp_path):
             ]
         )
     assert logs[0] == logs[1]
+
+
+def rows_like_trls(toy, layout: str):
+    """A dataset in a format of TRL's documentation, made from the toy's rows."""
+    processor = data.load_processor(str(toy / "model"))
+    rows, _ = data.load_rows([{"path": str(toy / "rl"), "limit": 4}], "rl", processor)
+    made = []
+    for i, row in enumerate(rows):
+        text = row["prompt"][-1]["content"][-1]["text"]
+        prompt = [{"role": "user", "content": text}]
+        if layout == "text in a string":
+            made.append({"prompt": f"Question: {text} Answer:", "solution": row["solution"]})
+        elif layout == "text":
+            made.append({"prompt": prompt, "solution": row["solution"]})
+        elif layout == "image":
+            made.append({"prompt": prompt, "image": row["images"][0], "solution": row["solution"]})
+        elif layout == "images":
+            made.append({"prompt": prompt, "images": row["images"], "solution": row["solution"]})
+        else:  # one row in two has a picture, one of them two
+            images = row["images"] * (0, 1, 0, 2)[i]
+            made.append({"prompt": prompt, "images": images, "solution": row["solution"]})
+    return processor, Dataset.from_list(made)
+
+
+@pytest.mark.parametrize(
+    "layout, staged",
+    [
+        *((layout, True) for layout in ("text in a string", "text", "image", "images", "mixed")),
+        *((layout, False) for layout in ("text", "image", "images")),  # TRL 1.16 itself can't process mixed rows
+    ],
+)
+def test_trls_own_dataset_formats(toy, tmp_path, layout, staged):
+    """With a schedule and without; a user's reward gets every column, pictures included, and TRL's prompts."""
+    from vision_r1_recipes import VisionGRPOConfig
+
+    processor, rows = rows_like_trls(toy, layout)
+    seen = []
+
+    def reward(prompts, completions, solution, **columns):
+        pictures = columns.get("images", columns.get("image", [None] * len(prompts)))
+        seen.append((len(prompts), [type(picture).__name__ for picture in pictures]))
+        return [float(i % 3) for i in range(len(completions))]
+
+    schedule = {"stages": [{**STAGES[0], "num_generations": 4}, STAGES[2]], "prompts_per_rollout": 4}
+    plain = {"num_generations": 4, "max_completion_length": 8, "max_steps": 2}
+    args = VisionGRPOConfig(
+        output_dir=str(tmp_path),
+        **(schedule if staged else plain),
+        per_device_train_batch_size=16,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        beta=0.01,
+        learning_rate=1e-3,
+        save_strategy="no" if not staged else "steps",
+    )
+    trainer = VisionGRPOTrainer(
+        str(toy / "model"), reward_funcs=reward, args=args, train_dataset=rows, processing_class=processor
+    )
+    trainer.train()
+    assert len(seen) == (4 if staged else 2)
+    assert {count for count, _ in seen} == {16}
+    kind = {"image": "PngImageFile", "images": "list", "mixed": "list"}.get(layout, "NoneType")
+    assert all(set(kinds) <= {kind, "Image"} for _, kinds in seen), seen
+    assert not staged or trainer.state.log_history[-2]["kl"] > 0
+
+
+OPTIONS = [
+    {"num_iterations": 2},
+    {"loss_type": "bnpo", "scale_rewards": "batch"},
+    {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "cispo", "epsilon_high": 5.0},
+    {"top_entropy_quantile": 0.5},
+    {"gradient_checkpointing": True, "beta": 0.0},
+    {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    {"entropy_coef": 0.001, "epsilon_high": 0.28, "delta": 1.5},
+    {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    {"shuffle_dataset": False, "multi_objective_aggregation": "normalize_then_sum"},
+    {"log_completions": True, "log_multimodal": True, "num_completions_to_print": 0},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
+def test_trls_options_under_a_schedule(recipes, tmp_path, options, rewarding):
+    argv = [part for key, value in options.items() for part in (f"--{key}", json.dumps(value))]
+    grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path), *argv])
+    rows = history(tmp_path)[:-1]
+    assert [row["stage"] for row in rows] == [1, 1, 2, 3, 3]
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
 
 
 def test_set_stage_reaches_the_generation_config(recipes, toy, tmp_path):

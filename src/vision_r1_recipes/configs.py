@@ -125,6 +125,9 @@ def sft_accumulation(global_batch_size: int, per_device_train_batch_size: int, w
     return global_batch_size // rows
 
 
+# Added to `ddp_timeout`, seconds for each token of the longest completion: one process may generate it while the
+# others wait [ours].
+SECONDS_PER_TOKEN = 0.5
 GRPO_DERIVED = (
     "num_generations",
     "max_completion_length",
@@ -145,7 +148,7 @@ GRPO_DERIVED = (
 class VisionGRPOConfig(_Launched, GRPOConfig):
     """
     TRL's [`GRPOConfig`] and a schedule. Everything here counts *rollouts*; the Trainer's own keys are derived.
-    Without `stages` it is TRL's config unchanged.
+    Without `stages` it is TRL's config unchanged. `ddp_timeout` grows with the longest stage unless it is set.
 
     Args:
         stages (`list[dict]`, *optional*):
@@ -228,6 +231,9 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
                 f"`eval_temperature` {self.eval_temperature} must be over 0, `eval_top_p` {self.eval_top_p} over 0 "
                 f"and at most 1, `probe_prompts` {self.probe_prompts} at least 0."
             )
+        if self.ddp_timeout == type(self).__dataclass_fields__["ddp_timeout"].default:
+            longest = max(stage.max_completion_length for stage in stages)
+            self.ddp_timeout += int(longest * SECONDS_PER_TOKEN)
         if self.prompts_per_update is None:
             self.prompts_per_update = self.prompts_per_rollout
         numbers, problems = batch_arithmetic(

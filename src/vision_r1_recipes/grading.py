@@ -500,7 +500,7 @@ class _Worker:
     """
 
     def __init__(self):
-        self.lock, self.process = threading.Lock(), None
+        self.lock, self.process, self.timeouts = threading.Lock(), None, 0
 
     def _read(self, seconds: float):
         alarm = threading.Timer(seconds, self.process.kill)
@@ -553,6 +553,7 @@ class _Worker:
                     reply = self._read(WALL_SECONDS)
                 finally:  # also after Ctrl-C: a late reply must not become the next request's
                     if reply is _DEAD:
+                        self.timeouts += 1
                         self.stop()
                 return reply
         raise RuntimeError(f"the answer grader's worker does not start: {sys.executable} -P {__file__} worker")
@@ -570,6 +571,11 @@ def _forget_worker() -> None:
 os.register_at_fork(after_in_child=_forget_worker)
 
 # -------- grading
+
+
+def timeouts() -> int:
+    """Answers so far on which this process' grader gave up, for time or memory; each was graded wrong."""
+    return _worker.timeouts
 
 
 def _costly(text: str) -> bool:

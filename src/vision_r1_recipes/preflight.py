@@ -179,6 +179,13 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
     for key, choices in CHOICES.items():
         if (value := getattr(args, key)) not in choices:
             problems.append(f"`{key}`: {value!r} is not one of {', '.join(choices)}.")
+    if args.use_transformers_continuous_batching:
+        problems.append(
+            "`use_transformers_continuous_batching`: TRL 1.16 hands no pictures to it, the model would be blind. "
+            "Remove it, or use vLLM."
+        )
+    if args.auto_find_batch_size:
+        problems.append("`auto_find_batch_size` would change the arithmetic of the update. Remove it.")
     if values.get("stages") is None:
         return [*problems, "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."]
     problems += _derived_problems(values, GRPO_DERIVED, "`stages`")

@@ -6,6 +6,8 @@ import copy
 import random
 import re
 import shutil
+import sys
+import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
+from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
@@ -163,7 +166,7 @@ class _Rollouts(Dataset):
         start = perf_counter()
         first = rollout * self.prompts_per_rollout + self.process_index * self.share
         rows = [self.rows[self.row_at(position)] for position in range(first, first + self.share)]
-        self.seconds["host"] += perf_counter() - start
+        self.seconds["pictures"] += perf_counter() - start
         return rows
 
     def row_at(self, position: int) -> int:
@@ -238,6 +241,10 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         self._seconds = Counter()
         if self.stages is None:
             return
+        if isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("`stages` needs a dataset with a length: load the rows, or leave `stages` out.")
+        if args.use_transformers_continuous_batching and shareable(self.processing_class):
+            raise ValueError("`use_transformers_continuous_batching` takes no pictures in TRL 1.16: set it to false.")
         stock = self.tools or self.environment_factories is not None or self.rollout_func is not None
         self._shares_pictures = shareable(self.processing_class) and not stock
         self.updates_per_rollout = args.steps_per_generation // args.gradient_accumulation_steps * self.num_iterations
@@ -333,20 +340,38 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
             self._seconds.clear()
             self._seconds.update(seconds)
 
+    @contextmanager
+    def _phase(self, name: str):
+        """Count the seconds inside under `name`; say so when they become very many."""
+        limit, rank, start = self.args.ddp_timeout / 2, self.accelerator.process_index, perf_counter()
+
+        def warn():
+            text = f"rank {rank} has been in phase {name} for {limit:.0f} s (step {self.state.global_step})"
+            print(f"{text}; the other ranks give up after ddp_timeout, {self.args.ddp_timeout} s", file=sys.stderr)
+
+        watch = threading.Timer(limit, warn)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+            if self.model.training:
+                self._seconds[name] += perf_counter() - start
+
     # One rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.stages is None:
             return super()._generate_and_score_completions(inputs)
-        start = perf_counter()
         if self.model.training:
             self._logs = (
                 _empty()
             )  # TRL keeps as many rows as the first stage's rollouts have: old ones in later stages
         rollout = _Rollout(inputs, self.num_generations if self.model.training else self.num_generations_eval)
-        if not self._shares_pictures:
-            output = super()._generate_and_score_completions(rollout.repeat([dict(row) for row in inputs]))
-        else:
+        with self._phase("rollout"):
+            if not self._shares_pictures:
+                return super()._generate_and_score_completions(rollout.repeat([dict(row) for row in inputs]))
             # TRL sees no pictures: they reach the generation in `_generate`, the model in `_get_per_token_logps_...`
             # and `_compute_loss`, the rewards in `_calculate_rewards`.
             bare = [{k: v for k, v in row.items() if k not in ("image", "images")} for row in inputs]
@@ -355,11 +380,9 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
                 output = super()._generate_and_score_completions([dict(row) for row in rollout.repeat(bare)])
             finally:
                 self._rollout = None
-            output["prompt"] = rollout.repeat(list(range(len(inputs))))
-            if self.log_multimodal:
-                self._logs["images"].extend(gather_object(rollout.repeat([pictures_of(row) for row in inputs])))
-        if self.model.training:
-            self._seconds["rollout"] += perf_counter() - start
+        output["prompt"] = rollout.repeat(list(range(len(inputs))))
+        if self.log_multimodal:
+            self._logs["images"].extend(gather_object(rollout.repeat([pictures_of(row) for row in inputs])))
         return output
 
     def _generate(self, prompts: list):
@@ -377,33 +400,28 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list):
         if self._rollout is None:
             return super()._tokenize_prompts(prompts)
-        start, repeat = perf_counter(), self._rollout.repeat
-        ids, images, fields = super()._tokenize_prompts(prompts[:: self._rollout.group])
+        repeat = self._rollout.repeat
+        with self._phase("pictures"):
+            ids, images, fields = super()._tokenize_prompts(prompts[:: self._rollout.group])
         images = [None] * len(ids) if images is None else images
         self._pictures = Pictures(fields, [len(of_prompt or ()) for of_prompt in images])
         # vLLM gets the pictures themselves
         fields = {} if self.use_vllm else self._pictures.unpadded(repeat(list(range(len(ids)))))
-        if self.model.training:
-            self._seconds["host"] += perf_counter() - start
         return repeat(ids), repeat(images) if any(images) else None, fields
 
     def _generate_single_turn(self, *args, **kwargs):
-        start = perf_counter()
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-        if self.stages is not None and self.model.training:
-            self._seconds["generation"] += perf_counter() - start
+        with self._phase("generation"):
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        if self.model.training:
             self._seconds["tokens"] += sum(map(len, completion_ids))
         return completion_ids, logprobs
 
     def _calculate_rewards(self, inputs, prompts, *args):
-        start = perf_counter()
         if self._rollout is not None:
             rows = self._rollout.repeat(self._rollout.prompts)
             inputs = [{**row, **of_row} for row, of_row in zip(rows, inputs, strict=True)]
-        rewards = super()._calculate_rewards(inputs, prompts, *args)
-        if self.stages is not None and self.model.training:
-            self._seconds["host"] += perf_counter() - start
-        return rewards
+        with self._phase("rewards"):
+            return super()._calculate_rewards(inputs, prompts, *args)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
@@ -471,9 +489,9 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         spent = Counter(self._seconds)
         self._seconds.clear()
         self._seconds["logged"] = now
-        clock = {f"time/{name}": spent[name] for name in ("rollout", "generation", "host")}
+        clock = {f"time/{name}": spent[name] for name in ("rollout", "generation", "pictures", "rewards")}
         if spent["logged"]:
-            clock["time/host_share"] = spent["host"] / (now - spent["logged"])
+            clock["time/host_share"] = (spent["pictures"] + spent["rewards"]) / (now - spent["logged"])
         clock["tokens_per_second"] = spent["tokens"] / spent["generation"] if spent["generation"] else 0.0
         return clock
 
