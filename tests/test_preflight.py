@@ -105,13 +105,26 @@ def test_refused_everywhere(problems, base, changes, parts):
         ({"max_prompt_length": 4000}, ["4128", "4096 positions"]),
         ({"loss_type": "dapoo"}, ["`loss_type`: 'dapoo'", "dapo"]),
         ({"use_transformers_continuous_batching": True}, ["`use_transformers_continuous_batching`", "no pictures"]),
-        ({"auto_find_batch_size": True}, ["`auto_find_batch_size`"]),
+        ({"auto_find_batch_size": True}, ["auto_find_batch_size is not supported by GRPO"]),
+        ({"temperature": 0.0}, ["`temperature`: 0 must be over 0"]),
+        ({"top_p": 2.0}, ["`top_p`: 2 must be over 0 and at most 1"]),
+        ({"beta": -1.0}, ["`beta`: -1 must not be negative"]),
+        ({"learning_rate": -1.0}, ["`learning_rate`: -1 must be over 0"]),
+        ({"report_to": "wandbb"}, ["`report_to`: 'wandbb'", "wandb"]),
+        ({"attn_implementation": "flash_attention_2"}, ["flash-attn is not installed", "sdpa"]),
         ({"vllm_mode": "colocated"}, ["`vllm_mode`: 'colocated'", "colocate, server"]),
     ],
 )
-def test_refused_by_grpo(problems, changes, parts):
+def test_refused_by_grpo(problems, changes, parts, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: True)  # vLLM is there
     found = problems(GRPO, **changes)
     assert len(found) == 1 and all(part in found[0] for part in parts), found
+
+
+def test_vllm_is_not_here(problems, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    (found,) = problems(GRPO, use_vllm=True, vllm_max_model_length=512)
+    assert "vLLM is not installed here" in found and "[vllm]" in found
 
 
 @pytest.mark.parametrize("key", GRPO_DERIVED)
@@ -129,6 +142,7 @@ def test_sft_alone(problems):
     for changes, part in [
         ({"max_length": 5000}, "`max_length` 5000 is over the model's 4096 positions"),
         ({"packing": True}, "`packing`"),
+        ({"eval_datasets": [{"path": "x"}]}, "`eval_datasets` and `eval_strategy`"),
         ({"global_batch_size": 5}, "5 / (per_device_train_batch_size 2 x 1 processes) is 2.5"),
         ({"global_batch_size": 0}, "`global_batch_size`: 0"),
     ]:

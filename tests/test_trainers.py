@@ -230,6 +230,17 @@ def test_another_run_is_not_resumed(recipes, toy, tmp_path, rewarding):
         grpo.main([*resumed[:-1], "3", "--datasets", other])
 
 
+def test_a_finished_run_is_moved_aside(recipes, tmp_path, capsys):
+    run = [str(recipes / "sft.yaml"), "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    sft.main(run)
+    first = (tmp_path / "run/model.safetensors").read_bytes()
+    sft.main([*run, "--seed", "1"])
+    (aside,) = tmp_path.glob("run.*")
+    assert f"moved to {aside}" in capsys.readouterr().out
+    assert (aside / "model.safetensors").read_bytes() == first
+    assert recipe.load(tmp_path / "run/recipe.yaml")["seed"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, kills", [("grpo", 3), ("sft", 2)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipes, tmp_path, kind, kills):
@@ -617,7 +628,7 @@ def test_wandb_offline(recipes, tmp_path):
     assert list((tmp_path / "run/completions").glob("*.parquet"))
 
 
-BACKENDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+BACKENDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED ZeRO-2", "zero3": "DEEPSPEED ZeRO-3"}
 
 
 def launch(backend: str, kind: str, *argv, **environment) -> str:
@@ -670,7 +681,8 @@ def test_two_processes(recipes, tmp_path, backend, kind):
     shards = {path.name for path in (tmp_path / "run").glob("checkpoint-*/global_step*/*zero_pp_rank_1*")}
     assert any("optim_states" in name for name in shards) == (backend != "ddp")
     assert any("model_states" in name for name in shards) == (backend == "zero3")
-    weights(tmp_path / "run")
+    source = recipe.load(recipes / f"{kind}.yaml")["model_name_or_path"]
+    assert load_file(tmp_path / "run/model.safetensors").keys() == load_file(f"{source}/model.safetensors").keys()
     said = launch(backend, kind, *run, tmp_path / "again", "--resume_from_checkpoint", tmp_path / "run/checkpoint-4")
     assert "going on from" in said
     assert trace(tmp_path / "again")[:-1] == trace(tmp_path / "run")[:-1]

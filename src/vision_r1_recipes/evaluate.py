@@ -257,6 +257,7 @@ def evaluate(
     dtype: str = "auto",
     name: str | None = None,
     buckets: Sequence[int] = (4096, 8192),
+    max_dropped_share: float = 0.05,
 ) -> dict[str, Any]:
     """
     Evaluate a checkpoint and write `summary.json` and `samples.parquet`.
@@ -276,6 +277,7 @@ def evaluate(
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; auto is as they were saved.
         name (`str`, *optional*): Label in tables. Defaults to the model's folder.
         buckets (`list[int]`, *optional*, defaults to `(4096, 8192)`): Boundaries of the length buckets in tokens.
+        max_dropped_share (`float`, *optional*, defaults to `0.05`): Greatest share of questions that may be unusable.
 
     Returns:
         The content of `summary.json`. The same arguments give the same samples on the same machine.
@@ -294,7 +296,9 @@ def evaluate(
         recipes = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
         system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
     system_prompt = system_prompt or None
-    rows, report = load_rows([{"path": data, "split": split, "limit": limit}], "rl", processor, system_prompt)
+    rows, report = load_rows(
+        [{"path": data, "split": split, "limit": limit}], "rl", processor, system_prompt, None, max_dropped_share
+    )
     print(report)
     loaded = load_model(model, dtype)
     sampling = set_sampling(loaded, processor, max_new_tokens, temperature, top_p)
@@ -364,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}")
     for name in ("limit", "max_new_tokens", "batch_size", "seed"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("temperature", "top_p"):
+    for name in ("temperature", "top_p", "max_dropped_share"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--buckets", type=int, nargs="+")
     evaluate(**vars(parser.parse_args(argv)))

@@ -7,10 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig
 
 from . import checkpoints
@@ -28,6 +31,8 @@ CHOICES = {
     "vllm_mode": ("colocate", "server"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
+INF = float("inf")
+RANGES = (("learning_rate", 0, INF), ("temperature", 0, INF), ("top_p", 0, 1), ("repetition_penalty", 0, INF))
 # Real configurations of the models that the recipes name, so that plans and tests need no hub.
 KNOWN_MODELS = Path(__file__).parents[2] / "data" / "models"
 
@@ -109,6 +114,16 @@ def run_problems(values: dict, args: VisionSFTConfig | VisionGRPOConfig) -> list
             done = step * num_rollouts(parse_stages(args.stages)) // args.max_steps
             if done >= last:
                 problems.append(f"`stop_after_rollouts`: {last}, but {checkpoint} is at rollout {done} already.")
+    if values.get("use_vllm") and find_spec("vllm") is None:
+        problems.append(
+            "`use_vllm`: true, but vLLM is not installed here: pip install -e '.[vllm]', or set it to false."
+        )
+    attention = values.get("attn_implementation")
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        problems.append(
+            "`attn_implementation`: flash_attention_2, but flash-attn is not installed here, or sees no GPU: pip "
+            "install flash-attn --no-build-isolation, or set it to sdpa."
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and args.use_cpu:
         problems.append("FSDP on a CPU would silently be plain DDP: use recipes/accelerate/ddp.yaml.")
     return problems
@@ -146,6 +161,18 @@ def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig
         problems.append(f"`max_dropped_share`: {data.max_dropped_share} is a share: from 0 to 1.")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         problems.append(f"`min_pixels` {data.min_pixels} is over `max_pixels` {data.max_pixels}.")
+    for key, low, high in RANGES:
+        value = getattr(args, key, None)
+        if isinstance(value, (int, float)) and not low < value <= high:
+            problems.append(
+                f"`{key}`: {value:g} must be over {low:g}" + (f" and at most {high:g}." if high < INF else ".")
+            )
+    for key in ("beta", "entropy_coef", "weight_decay"):
+        if (getattr(args, key, None) or 0) < 0:
+            problems.append(f"`{key}`: {getattr(args, key):g} must not be negative.")
+    trackers = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for tracker in set(trackers) - {"all", "none"} - INTEGRATION_TO_CALLBACK.keys():
+        problems.append(f"`report_to`: {tracker!r} is not one of none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
     if args.remove_unused_columns and "remove_unused_columns" in values:
         problems.append("`remove_unused_columns`: true would take the pictures and answers away. Remove it.")
     return problems
@@ -165,6 +192,8 @@ def sft_problems(values: dict, data: DataArguments, args: VisionSFTConfig, model
     problems = _common_problems(values, data, args, model)
     if values.get("global_batch_size") is not None:
         problems += _derived_problems(values, ("gradient_accumulation_steps",), "`global_batch_size`")
+    if bool(data.eval_datasets) != (str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")):
+        problems.append("`eval_datasets` and `eval_strategy` only work together: give both, or neither.")
     if args.packing or args.padding_free:
         problems.append("`packing` and `padding_free` are not supported for rows with pictures. Remove them.")
     limit = _positions(model)
@@ -184,8 +213,6 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
             "`use_transformers_continuous_batching`: TRL 1.16 hands no pictures to it, the model would be blind. "
             "Remove it, or use vLLM."
         )
-    if args.auto_find_batch_size:
-        problems.append("`auto_find_batch_size` would change the arithmetic of the update. Remove it.")
     if values.get("stages") is None:
         return [*problems, "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."]
     problems += _derived_problems(values, GRPO_DERIVED, "`stages`")

@@ -221,6 +221,7 @@ def parse_all(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple[dic
     from trl import TrlParser
 
     argv = list(argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv[:-1]:
         at = argv.index("--config")
         path = argv[at + 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,9 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
         `RecipeError`: the checkpoint to resume from is of another run.
     """
     args, launch = trainer.args, trainer.accelerator.state
-    world = {"num_processes": launch.num_processes, "distributed_type": launch.distributed_type}
+    world = {"num_processes": launch.num_processes, "distributed_type": str(launch.distributed_type.value)}
+    if launch.deepspeed_plugin is not None:
+        world["distributed_type"] += f" ZeRO-{launch.deepspeed_plugin.zero_stage}"
     trainer.run_identity = checkpoints.identity(values, **world, data=report.fingerprint)
     checkpoint, skipped = checkpoints.wanted(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is not None:
@@ -71,6 +75,11 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
             print(f"{folder} is not complete, a run was killed there: skipped")
         if args.resume_from_checkpoint:
             print(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh", flush=True)
+        finished = Path(args.output_dir, "trainer_state.json").is_file()
+        if checkpoint is None and finished:
+            aside = f"{Path(args.output_dir)}.{datetime.now():%Y%m%d-%H%M%S}"
+            os.rename(args.output_dir, aside)
+            print(f"{args.output_dir} held a run that had ended: moved to {aside}")
         recipe.save(values, args.output_dir, **world)
         report.save(Path(args.output_dir, "data_report.json"))
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written

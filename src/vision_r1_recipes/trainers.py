@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
 from datasets import IterableDataset
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -116,6 +116,16 @@ class _Checkpoints:
         model.load_state_dict(saved.state_dict(), strict=True)
 
 
+def _keep_used_conversions(model: PreTrainedModel | PeftModel) -> None:
+    """
+    Save under the key names that were read. Under ZeRO-3 transformers 5.23 keeps renamings that did not apply to the
+    checkpoint and undoes them on saving: a Qwen2.5-VL gets `model.model.layers...`, which vLLM can't read.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [used for used in model._weight_conversions if used.was_used()]
+
+
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a.to(b.dtype).cpu(), b.detach().cpu())
 
@@ -132,6 +142,7 @@ class VisionSFTTrainer(_Checkpoints, SFTTrainer):
 
     def __init__(self, model, args: VisionSFTConfig | None = None, **kwargs):
         super().__init__(model, args=args, **kwargs)
+        _keep_used_conversions(self.model)
         if getattr(self.args, "freeze_vision", False) and not is_peft_model(self.model):
             vision_modules(self.model).requires_grad_(False)
 
@@ -233,9 +244,10 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args: VisionGRPOConfig | None = None, **kwargs):
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        _keep_used_conversions(self.model)
         self.stages = parse_stages(args.stages) if getattr(args, "stages", None) else None
         if self.use_vllm:
-            guard_placeholders(self.vllm_generation, self._image_pad_token_id)
+            guard_pictures(self.vllm_generation, self._image_pad_token_id)
         self._rollout: _Rollout | None = None
         self._pictures: Pictures | None = None
         self._seconds = Counter()
@@ -514,13 +526,16 @@ def _as_text(messages: list[dict[str, Any]] | str) -> list[dict[str, str]] | str
     return [{"role": message["role"], "content": text(message["content"])} for message in messages]
 
 
-def guard_placeholders(generation: Any, image_token_id: int | None) -> None:
+def guard_pictures(generation: Any, image_token_id: int | None) -> None:
     """
-    Make `generation`, TRL's [`VLLMGeneration`], right for prompts whose image placeholders are expanded already.
+    Make `generation`, TRL's [`VLLMGeneration`], right for prompts with pictures.
 
-    vLLM expands each placeholder itself. In colocate mode TRL 1.16 hands it expanded prompts, so that the model sees
-    every image token twice; they are collapsed here, and what vLLM made of them must be the trainer's prompts again.
-    Image tokens can't be sampled: in the policy's forward pass one would claim a picture's features.
+    - vLLM expands each image placeholder itself. In colocate mode TRL 1.16 hands it prompts that are expanded already,
+      and the model sees every image token twice: they are collapsed here, and what vLLM makes of them must be the
+      trainer's prompts again.
+    - vLLM keeps what the vision tower made of a picture when new weights arrive (huggingface/trl#7198): the next pass
+      over the data would see through an old tower.
+    - Image tokens can't be sampled: in the policy's forward pass one would claim a picture's features.
 
     Raises (when it generates):
         `RuntimeError`: vLLM's prompts are not the trainer's.
@@ -529,9 +544,19 @@ def guard_placeholders(generation: Any, image_token_id: int | None) -> None:
         return
     bias = dict(generation.generation_kwargs.get("logit_bias") or {})
     generation.generation_kwargs = {**generation.generation_kwargs, "logit_bias": {**bias, image_token_id: -100.0}}
+    generate, sync_weights = generation.generate, generation.sync_weights
+
+    def synced():
+        sync_weights()
+        if generation.mode == "colocate":
+            generation.llm.llm_engine.reset_encoder_cache()
+        elif generation.accelerator.is_main_process:
+            client = generation.vllm_client
+            client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
+
+    generation.sync_weights = synced
     if generation.mode != "colocate":
         return
-    generate = generation.generate
 
     def guarded(prompts, images, *args, **kwargs):
         if images is None:
