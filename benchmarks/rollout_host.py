@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from vision_r1_recipes import VisionGRPOConfig, VisionGRPOTrainer, data, toy
 
 
-PROMPTS, GROUP, LENGTH, STEPS = 64, 16, 96, 4
+PROMPTS, GROUP, LENGTH, STEPS = 64, 16, 96, 3
 
 
 def picture(width: int, height: int, rng: np.random.Generator) -> PILImage.Image:
@@ -76,7 +76,6 @@ def run(ours: bool, folder: Path, size: str, groups: int, counts: Counter) -> tu
         "bf16": False,
         "report_to": "none",
         "disable_tqdm": True,
-        "save_strategy": "no",
         "gradient_checkpointing": False,
     }
     if ours:
@@ -84,7 +83,12 @@ def run(ours: bool, folder: Path, size: str, groups: int, counts: Counter) -> tu
         args = VisionGRPOConfig(stages=[stage], prompts_per_rollout=groups, **common)
     else:
         args = GRPOConfig(
-            num_generations=GROUP, max_completion_length=LENGTH, max_steps=STEPS, logging_steps=1, **common
+            num_generations=GROUP,
+            max_completion_length=LENGTH,
+            max_steps=STEPS,
+            logging_steps=1,
+            save_strategy="no",
+            **common,
         )
     clock = Clock()
     trainer = (VisionGRPOTrainer if ours else GRPOTrainer)(

@@ -138,14 +138,18 @@ def test_every_rollout_has_its_stage(recipes, toy, tmp_path, monkeypatch):
     assert recipe.load(tmp_path / "recipe.yaml")["stages"] == STAGES
 
 
-@pytest.mark.parametrize("iterations", ["1", "2"])
+@pytest.mark.parametrize("iterations", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_pictures_once_per_prompt_change_nothing(recipes, tmp_path, monkeypatch, rewarding, iterations):
-    """TRL's own handling, every row's pictures processed twice and kept on the device, gives the same bits."""
+    """
+    TRL's own handling, every row's pictures processed twice, kept on the device and looked at for each row, gives the
+    same numbers up to rounding, with the same completions.
+    """
     run = [str(recipes / "grpo.yaml"), "--num_iterations", iterations, "--output_dir"]
     grpo.main([*run, str(tmp_path / "ours")])
     monkeypatch.setattr(trainers, "shareable", lambda processor: False)
     grpo.main([*run, str(tmp_path / "trls")])
-    assert trace(tmp_path / "ours")[:-1] == trace(tmp_path / "trls")[:-1]
+    for ours, theirs in zip(trace(tmp_path / "ours")[:-1], trace(tmp_path / "trls")[:-1], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     rows = history(tmp_path / "ours")[:-1]
     assert [row["step"] for row in rows] == [2 * int(iterations) * i for i in range(1, 6)]
     assert rows[-1]["kl"] > 0
@@ -180,7 +184,10 @@ def test_no_prompt_is_lost(rows, prompts, processes):
 # GRPO: stage edges after steps 4 and 6, a pass over the rows ends inside the rollout of steps 5 and 6. SFT: an epoch
 # ends after step 4.
 @pytest.mark.parametrize("kind, steps", [("grpo", (2, 4, 6, 8)), ("sft", (2, 4, 5))])
-@pytest.mark.parametrize("peft", [[], ["--use_peft", "true", "--lora_r", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "peft",
+    [pytest.param([], id="full"), pytest.param(["--use_peft", "--lora_r", "4"], id="lora", marks=pytest.mark.slow)],
+)
 def test_resume_goes_on_bit_for_bit(recipes, tmp_path, kind, steps, peft, rewarding):
     """Weights, reference, optimizer, data and RNG come back: the trace equals the uninterrupted one."""
     run = [str(recipes / f"{kind}.yaml"), *SAVES[kind], *peft, "--save_total_limit", "null"]
@@ -194,6 +201,7 @@ def test_resume_goes_on_bit_for_bit(recipes, tmp_path, kind, steps, peft, reward
     assert kind == "sft" or all(row["kl"] > 0 and row["reward"] > 0 for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_chained_runs_are_one_run(recipes, tmp_path, rewarding):
     """One run per stage, each resumed from the last, the last stage appended; the model is saved at the end only."""
     run = [str(recipes / "grpo.yaml"), "--save_every_rollouts", "5", "--output_dir"]
@@ -383,6 +391,7 @@ def test_real_models_have_a_vision_tower_that_we_find():
         assert sum(p.numel() for p in vision_modules(model).parameters()) / 1e9 == pytest.approx(0.67, abs=0.01)
 
 
+@pytest.mark.slow
 def test_another_architecture_trains_and_resumes(toy, recipes, tmp_path):
     """Nothing hard-codes Qwen2.5-VL's names: a tiny Qwen3-VL goes through SFT, GRPO and a resume."""
     from transformers import AutoTokenizer
@@ -556,6 +565,7 @@ def test_set_stage_reaches_the_generation_config(recipes, toy, tmp_path):
     assert trainer.generation_config.temperature == 1.0
 
 
+@pytest.mark.slow
 def test_evaluation_in_training(recipes, toy, tmp_path, monkeypatch, rewarding):
     """Its own group, length and sampling, every row once; the training doesn't notice."""
     seen, decodes = [], []
@@ -585,6 +595,7 @@ def test_evaluation_in_training(recipes, toy, tmp_path, monkeypatch, rewarding):
     assert trained == trace(tmp_path / "without")[:-1]
 
 
+@pytest.mark.slow
 def test_the_start_probe(recipes, tmp_path, capsys, rewarding):
     """It says what the checkpoint can do, leaves no trace, and stops a run that can never earn a reward."""
     run = [str(recipes / "grpo.yaml"), "--output_dir"]
@@ -609,6 +620,7 @@ def test_collapse_runs():
     assert collapse_runs([], 9) == []
 
 
+@pytest.mark.slow
 def test_a_short_line_per_log_row(recipes, tmp_path, capsys):
     grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path / "grpo")])
     sft.main([str(recipes / "sft.yaml"), "--output_dir", str(tmp_path / "sft")])
@@ -619,6 +631,7 @@ def test_a_short_line_per_log_row(recipes, tmp_path, capsys):
     assert all(len(line) < 220 for line in lines)
 
 
+@pytest.mark.slow
 def test_wandb_offline(recipes, tmp_path):
     run = [sys.executable, ROOT / "src/vision_r1_recipes/grpo.py", recipes / "grpo.yaml", "--report_to", "wandb"]
     run += ["--output_dir", tmp_path / "run", "--log_completions", "true"]

@@ -1,8 +1,10 @@
-"""The pictures of a rollout: processed once per prompt, kept in host memory, expanded per micro-batch."""
+"""The pictures of a rollout: processed once per prompt, kept in host memory, seen once per forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +53,18 @@ class Pictures:
             self.grids = grid.split(self.num_images)
             self.pixels = torch.as_tensor(fields[PIXELS]).split([int(g.prod(-1).sum()) for g in self.grids])
 
+    def order(self, prompts: Sequence[int]) -> list[int]:
+        """Which of the distinct pictures, in the order of `pixel_values`, each picture of these rows is."""
+        start, count = {}, 0
+        for i in sorted(set(prompts)):
+            start[i], count = count, count + self.num_images[i]
+        return [start[i] + j for i in prompts for j in range(self.num_images[i])]
+
     def unpadded(self, prompts: Sequence[int]) -> dict[str, Any]:
-        """The processor's fields for rows of `prompts` (numbers of prompts, in any order, repeated at will)."""
+        """
+        The processor's fields for rows of `prompts` (numbers of prompts, in any order, repeated at will), with
+        `pixel_values` of each picture once: to be used inside [`SharedFeatures.of`].
+        """
         fields = {name: [lists[i] for i in prompts] for name, lists in self.per_token.items()}
         return {**self._tensors(prompts), **fields}
 
@@ -72,7 +84,40 @@ class Pictures:
     def _tensors(self, prompts: Sequence[int]) -> dict[str, torch.Tensor]:
         if self.pixels is None or not any(self.num_images[i] for i in prompts):
             return {}
-        return {
-            PIXELS: torch.cat([self.pixels[i] for i in prompts]),
-            GRID: torch.cat([self.grids[i] for i in prompts]),
-        }
+        pixels = torch.cat([self.pixels[i] for i in sorted(set(prompts))])
+        return {PIXELS: pixels, GRID: torch.cat([self.grids[i] for i in prompts])}
+
+
+class SharedFeatures:
+    """
+    Lets a model look once at each picture of a batch in which several rows have the same one. The rows of a group do.
+
+    Args:
+        models (`list[PreTrainedModel | PeftModel | None]`):
+            The models to teach, policy and reference.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module | None]):
+        self._order: list[int] | None = None
+        for model in filter(None, models):
+            *_, seeing = (m for m in model.modules() if hasattr(type(m), "get_image_features"))
+            seeing.get_image_features = partial(self._look, seeing.get_image_features)
+
+    @contextmanager
+    def of(self, order: list[int]):
+        """Inside, `pixel_values` holds distinct pictures and picture `i` of the batch is number `order[i]` of them."""
+        self._order = order
+        try:
+            yield
+        finally:
+            self._order = None
+
+    def _look(self, get_image_features, pixel_values, image_grid_thw=None, **kwargs):
+        if self._order is None:
+            return get_image_features(pixel_values, image_grid_thw, **kwargs)
+        distinct = [self._order.index(i) for i in range(max(self._order) + 1)]
+        seen = get_image_features(pixel_values, image_grid_thw[distinct], **kwargs)
+        seen.pooler_output = tuple(seen.pooler_output[i] for i in self._order)
+        if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL
+            seen.deepstack_features = [tuple(layer[i] for i in self._order) for layer in seen.deepstack_features]
+        return seen

@@ -31,7 +31,7 @@ from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config, is_conver
 
 from . import checkpoints
 from .configs import VisionGRPOConfig, VisionSFTConfig
-from .pictures import Pictures, pictures_of, shareable
+from .pictures import Pictures, SharedFeatures, pictures_of, shareable
 from .ptst import PTSTCallback, Stage, num_rollouts, parse_stages, stage_at
 
 
@@ -259,6 +259,8 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
             raise ValueError("`use_transformers_continuous_batching` takes no pictures in TRL 1.16: set it to false.")
         stock = self.tools or self.environment_factories is not None or self.rollout_func is not None
         self._shares_pictures = shareable(self.processing_class) and not stock
+        if self._shares_pictures:
+            self._features = SharedFeatures([self.accelerator.unwrap_model(self.model), self.ref_model])
         self.updates_per_rollout = args.steps_per_generation // args.gradient_accumulation_steps * self.num_iterations
         self.set_stage(0, self.stages[0])
         self.add_callback(PTSTCallback(self, self.stages, self.updates_per_rollout, args.stop_after_rollouts))
@@ -423,7 +425,12 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         with self._phase("generation"):
-            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+            if self._rollout is None or self.use_vllm:
+                completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+            else:
+                prompts = self._rollout.repeat(list(range(len(self._rollout.prompts))))
+                with self._features.of(self._pictures.order(prompts)):
+                    completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
             self._seconds["tokens"] += sum(map(len, completion_ids))
         return completion_ids, logprobs
@@ -451,11 +458,12 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
             chunk = slice(first, min(first + (batch_size or rows), rows))
             prompts = [row // self._rollout.group for row in range(chunk.start, chunk.stop)]
             pictures = self._pictures.padded(prompts, length - logits_to_keep, length, input_ids.device)
-            chunks.append(
-                super()._get_per_token_logps_and_entropies(
-                    model, input_ids[chunk], attention_mask[chunk], logits_to_keep, **{**kwargs, **pictures}
+            with self._features.of(self._pictures.order(prompts)):
+                chunks.append(
+                    super()._get_per_token_logps_and_entropies(
+                        model, input_ids[chunk], attention_mask[chunk], logits_to_keep, **{**kwargs, **pictures}
+                    )
                 )
-            )
         logps, entropies, aux_losses = zip(*chunks, strict=True)
         return (
             torch.cat(logps),
@@ -469,7 +477,8 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
             pictures = self._pictures.padded(
                 inputs["prompt"], prompt_length, prompt_length + completion_length, inputs["prompt_ids"].device
             )
-            inputs = {**inputs, **pictures}
+            with self._features.of(self._pictures.order(inputs["prompt"])):
+                return super()._compute_loss(model, {**inputs, **pictures})
         return super()._compute_loss(model, inputs)
 
     # Logs
