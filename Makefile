@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 PACKAGE := src/vision_r1_recipes
 TOY := runs/toy
-# Two processes of one thread train faster on two cores than one process of two threads.
+# Two processes, data parallel: the demo goes the way that a cluster goes.
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/ddp.yaml --num_processes 2
 RECIPE := $(BIN)/python -m vision_r1_recipes.recipe
 EVALUATE := $(BIN)/python -m vision_r1_recipes.evaluate

@@ -101,6 +101,7 @@ def test_refused_everywhere(problems, base, changes, parts):
         ({"eval_every_rollouts": 1}, ["`eval_datasets` and `eval_every_rollouts`"]),
         ({"use_vllm": True}, ["`vllm_max_model_length`: None", "228"]),
         ({"use_vllm": True, "vllm_max_model_length": 227}, ["`vllm_max_model_length`: 227", "228"]),
+        ({"use_vllm": True, "vllm_max_model_length": 228, "eval_max_completion_length": 129}, ["228", "229"]),
         ({"use_vllm": True, "max_prompt_length": None}, ["`max_prompt_length` is needed"]),
         ({"max_prompt_length": 4000}, ["4128", "4096 positions"]),
         ({"loss_type": "dapoo"}, ["`loss_type`: 'dapoo'", "dapo"]),

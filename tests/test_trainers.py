@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow as pa
@@ -246,6 +247,9 @@ def test_a_finished_run_is_moved_aside(recipes, tmp_path, capsys):
     (aside,) = tmp_path.glob("run.*")
     assert f"moved to {aside}" in capsys.readouterr().out
     assert (aside / "model.safetensors").read_bytes() == first
+    assert recipe.load(tmp_path / "run/recipe.yaml")["seed"] == 1
+    sft.main([*run, "--seed", "2", "--resume_from_checkpoint", "auto"])
+    assert "finished: nothing to do" in capsys.readouterr().out
     assert recipe.load(tmp_path / "run/recipe.yaml")["seed"] == 1
 
 
@@ -539,6 +543,24 @@ def test_trls_options_under_a_schedule(recipes, tmp_path, options, rewarding):
     assert all(row["grad_norm"] > 0 for row in rows[1:])
 
 
+def test_a_phase_that_takes_too_long_is_named(capsys):
+    """Half of `ddp_timeout` before the other ranks give up, the rank that keeps them waiting says where it is."""
+    rank = SimpleNamespace(
+        args=SimpleNamespace(ddp_timeout=0.1),
+        accelerator=SimpleNamespace(process_index=3),
+        state=SimpleNamespace(global_step=12),
+        model=SimpleNamespace(training=True),
+        _seconds=Counter(),
+    )
+    with VisionGRPOTrainer._phase(rank, "rewards"):
+        pass
+    assert not capsys.readouterr().err
+    with VisionGRPOTrainer._phase(rank, "generation"):
+        time.sleep(0.3)
+    assert "rank 3 has been in phase generation" in capsys.readouterr().err
+    assert rank._seconds["generation"] > 0.2
+
+
 def test_set_stage_reaches_the_generation_config(recipes, toy, tmp_path):
     from vision_r1_recipes import VisionGRPOConfig, hfrrf
 
@@ -668,7 +690,9 @@ def test_two_processes(recipes, tmp_path, backend, kind):
     each, and a resume from the middle (GRPO: a stage edge) that goes on bit for bit.
     """
     run = [recipes / f"{kind}.yaml", *SAVES[kind], "--save_total_limit", "null", "--output_dir"]
-    launch(backend, kind, *run, tmp_path / "run", ROLLOUTS=str(tmp_path))
+    probe = ["--probe_prompts", "4"] if kind == "grpo" else []
+    said = launch(backend, kind, *run, tmp_path / "run", *probe, ROLLOUTS=str(tmp_path))
+    assert ("start probe" in said) == (kind == "grpo")
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     assert environment["distributed_type"] == BACKENDS[backend]
     assert environment["num_processes"] == 2
@@ -681,7 +705,8 @@ def test_two_processes(recipes, tmp_path, backend, kind):
             for rank in range(2)
         ]
         for rank in ranks:
-            assert [rollout["step"] for rollout in rank] == [0, 2, 4, 6, 8]
+            assert [rollout["step"] for rollout in rank] == [0, 0, 2, 4, 6, 8]
+            assert rank.pop(0)["ids"] == rank[0]["ids"]  # the probe tries the first rollout's prompts
             assert [rollout["prompts"] for rollout in rank] == [2] * 5
             assert [rollout["rows"] for rollout in rank] == [2 * group for group in (8, 8, 6, 4, 4)]
             assert all(rollout["length"] <= cap for rollout, cap in zip(rank, (8, 8, 12, 16, 16), strict=True))

@@ -99,6 +99,15 @@ def wanted(resume_from_checkpoint: Any, output_dir: str | Path) -> tuple[Path | 
     return None, skipped
 
 
+def finished(output_dir: str | Path, max_steps: int = -1) -> bool:
+    """Whether the run in `output_dir` has come to its end, of at least `max_steps` steps."""
+    try:
+        state = json.loads((Path(output_dir) / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return state["global_step"] >= state["max_steps"] >= max_steps
+
+
 def identity(values: Mapping[str, Any], **launch: Any) -> dict[str, Any]:
     """What must not change between two parts of one run: the science of its recipe, and `launch` (world, data)."""
     science = {key: value for key, value in values.items() if key not in FREE and not key.startswith(FREE_PREFIXES)}

@@ -223,12 +223,14 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
     longest = longest_sequence(data, args)
     limit = _positions(model)
     if longest and limit and longest > limit:
-        problems.append(f"longest sequence, {longest} tokens, is over the model's {limit} positions: shorten a stage.")
+        problems.append(f"longest sequence, {longest} tokens, is over the model's {limit} positions: shorten a cap.")
     if args.use_vllm:
         if longest is None:
             problems.append("`max_prompt_length` is needed with vLLM: it bounds the longest sequence.")
         elif args.vllm_max_model_length is None or args.vllm_max_model_length < longest:
-            problems.append(f"`vllm_max_model_length`: {args.vllm_max_model_length}, the last stage needs {longest}.")
+            problems.append(
+                f"`vllm_max_model_length`: {args.vllm_max_model_length}, the longest sequence needs {longest}."
+            )
         config = model_config(model.model_name_or_path)
         heads = config.get_text_config().num_attention_heads if config else 0
         parallel = args.vllm_tensor_parallel_size
@@ -243,10 +245,11 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
 
 
 def longest_sequence(data: DataArguments, args: VisionGRPOConfig) -> int | None:
-    """Tokens of the longest prompt and completion of any stage; `None` when prompts have no bound."""
+    """Tokens of the longest prompt and completion of any stage or evaluation; `None` when prompts have no bound."""
     if data.max_prompt_length is None:
         return None
-    return data.max_prompt_length + max(stage.max_completion_length for stage in parse_stages(args.stages))
+    caps = [stage.max_completion_length for stage in parse_stages(args.stages)]
+    return data.max_prompt_length + max(*caps, args.eval_max_completion_length or 0)
 
 
 def _positions(model: ModelConfig) -> int | None:

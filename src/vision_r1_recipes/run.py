@@ -64,6 +64,11 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
     if launch.deepspeed_plugin is not None:
         world["distributed_type"] += f" ZeRO-{launch.deepspeed_plugin.zero_stage}"
     trainer.run_identity = checkpoints.identity(values, **world, data=report.fingerprint)
+    resuming = str(args.resume_from_checkpoint).lower() in ("true", "auto")
+    if resuming and checkpoints.finished(args.output_dir, args.max_steps):
+        if trainer.accelerator.is_main_process:
+            print(f"{args.output_dir} holds this run, finished: nothing to do")
+        return
     checkpoint, skipped = checkpoints.wanted(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is not None:
         preflight.check(preflight.refuse_changes(checkpoint, trainer.run_identity, args.force_resume))
@@ -75,8 +80,7 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
             print(f"{folder} is not complete, a run was killed there: skipped")
         if args.resume_from_checkpoint:
             print(f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting afresh", flush=True)
-        finished = Path(args.output_dir, "trainer_state.json").is_file()
-        if checkpoint is None and finished:
+        if checkpoint is None and Path(args.output_dir, "trainer_state.json").is_file():
             aside = f"{Path(args.output_dir)}.{datetime.now():%Y%m%d-%H%M%S}"
             os.rename(args.output_dir, aside)
             print(f"{args.output_dir} held a run that had ended: moved to {aside}")

@@ -225,8 +225,8 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
 
     With `VisionGRPOConfig.stages`, a row of the dataloader is a prompt, and the group is made when completions are
     generated. Group size and length can then change between two rollouts, prompts per update stay what the recipe
-    says, and a picture is decoded and processed once per rollout and kept once, in host memory. Evaluation works the
-    same way with `num_generations_eval`. Without `stages` the trainer is TRL's own.
+    says, and a picture is decoded and processed once per rollout, kept once, in host memory, and seen once by each
+    forward pass. Evaluation works the same way with `num_generations_eval`. Without `stages` the trainer is TRL's own.
 
     Example:
     ```python
