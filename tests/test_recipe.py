@@ -361,7 +361,9 @@ def test_plan_splits_gpus_with_a_server(capsys):
     code, out, _ = command(capsys, "plan", path, "--gpus", "64", *server)
     assert code == 2 and "on 60 process(es) and 4 GPU(s) of a vLLM server" in out
     assert re.search(r"near 60 \+ 4 that work: .*64 \+ 4 = 68", out)
-    assert command(capsys, "plan", path, "--gpus", "68", *server)[0] == 0
+    code, out, _ = command(capsys, "plan", path, "--gpus", "68", *server)
+    assert code == 0
+    assert "server: trl vllm-serve --model runs/cold_start --tensor_parallel_size 4 --max_model_len 9216" in out
     assert command(capsys, "plan", path, "--gpus", "4", *server)[0] == 2
 
 

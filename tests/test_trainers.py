@@ -543,6 +543,16 @@ def test_trls_options_under_a_schedule(recipes, tmp_path, options, rewarding):
     assert all(row["grad_norm"] > 0 for row in rows[1:])
 
 
+def test_the_servers_own_settings_are_checked():
+    good = {"model_config": {"max_model_len": 512, "logprobs_mode": "processed_logprobs"}}
+    trainers.check_server(good, 512)
+    trainers.check_server(good, None)
+    with pytest.raises(RuntimeError, match="--max-model-len 512, `vllm_max_model_length` is 513"):
+        trainers.check_server(good, 513)
+    with pytest.raises(RuntimeError, match="--logprobs-mode raw_logits"):
+        trainers.check_server({"model_config": {**good["model_config"], "logprobs_mode": "raw_logits"}}, 512)
+
+
 def test_a_phase_that_takes_too_long_is_named(capsys):
     """Half of `ddp_timeout` before the other ranks give up, the rank that keeps them waiting says where it is."""
     rank = SimpleNamespace(

@@ -148,9 +148,22 @@ def _grpo(data: DataArguments, args: VisionGRPOConfig, model: ModelConfig, world
         *_about_the_data(data, prompts, args.prompts_per_rollout // world_size),
         *_about_the_model(model, args),
     ]
+    if args.use_vllm and args.vllm_mode == "server":
+        lines.append(f"server: {serve_command(model.model_name_or_path, args)}")
     if args.loss_type == "bnpo" and len(set(micro_batches)) > 1:
         lines.append("warning: loss_type bnpo averages over the micro-batch, whose rows change between the stages.")
     return lines
+
+
+def serve_command(model_name_or_path: str, args: VisionGRPOConfig) -> str:
+    """
+    The command of the vLLM server that a recipe with `vllm_mode: server` expects. TRL's own launcher adds what its
+    client needs (weight transfer, processed log-probabilities, scale-out endpoints).
+    """
+    return (
+        f"trl vllm-serve --model {model_name_or_path} --tensor_parallel_size {args.vllm_tensor_parallel_size} "
+        f"--max_model_len {args.vllm_max_model_length} --port {args.vllm_server_port}"
+    )
 
 
 def _about_the_data(data: DataArguments, prompts: int | None, held: int | None) -> list[str]:

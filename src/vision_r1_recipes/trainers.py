@@ -248,6 +248,8 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         self.stages = parse_stages(args.stages) if getattr(args, "stages", None) else None
         if self.use_vllm:
             guard_pictures(self.vllm_generation, self._image_pad_token_id)
+            if self.vllm_mode == "server" and self.accelerator.is_main_process:
+                check_server(self.vllm_generation.vllm_client.get_server_info(), args.vllm_max_model_length)
         self._rollout: _Rollout | None = None
         self._pictures: Pictures | None = None
         self._seconds = Counter()
@@ -581,6 +583,18 @@ def guard_pictures(generation: Any, image_token_id: int | None) -> None:
         return made
 
     generation.generate = guarded
+
+
+def check_server(info: Mapping[str, Any], max_model_length: int | None) -> None:
+    """Raise `RuntimeError` when the vLLM server that says `info` of itself is not the one that the recipe expects."""
+    served, mode = (info["model_config"].get(key) for key in ("max_model_len", "logprobs_mode"))
+    if max_model_length is not None and served is not None and served < max_model_length:
+        raise RuntimeError(
+            f"the vLLM server has --max-model-len {served}, `vllm_max_model_length` is {max_model_length}: longer "
+            "completions would fail. `recipe plan` prints the server's command."
+        )
+    if mode not in (None, "processed_logprobs"):
+        raise RuntimeError(f"the vLLM server has --logprobs-mode {mode}; TRL needs processed_logprobs.")
 
 
 def collapse_runs(ids: list[int], token_id: int) -> list[int]:
