@@ -5,10 +5,15 @@ import shutil
 import tempfile
 
 import pytest
+import torch
 
 
 CACHE = tempfile.mkdtemp(prefix="vision-r1-tests-")
 os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before datasets is imported
+
+# One thread, here and in child processes, is enough for the tiny model; two crawl beside any other job.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def pytest_unconfigure():

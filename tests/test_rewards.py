@@ -472,7 +472,7 @@ def test_hfrrf_takes_trls_forms_and_reports():
     ]
     for completions in (texts, conversations, blocks):
         assert hfrrf(completions, ["7"] * 4, log_metric=logged.__setitem__, prompts=[None] * 4) == [1.0, 0.0, 0.0, 0.0]
-        assert logged == {"format_rate": 0.5, "accuracy_rate": 0.5}
+        assert logged == {"format_rate": 0.5, "accuracy_rate": 0.5, "grader_timeouts": 0}
         assert format_reward(completions, solution=["7"] * 4) == [1.0, 1.0, 0.0, 0.0]
         assert accuracy_reward(completions, ["7"] * 4, trainer_state=None) == [1.0, 0.0, 1.0, 0.0]
     assert hfrrf([], []) == []
