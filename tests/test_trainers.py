@@ -184,7 +184,9 @@ def test_no_prompt_is_lost(rows, prompts, processes):
 
 # GRPO: stage edges after steps 4 and 6, a pass over the rows ends inside the rollout of steps 5 and 6. SFT: an epoch
 # ends after step 4.
-@pytest.mark.parametrize("kind, steps", [("grpo", (2, 4, 6, 8)), ("sft", (2, 4, 5))])
+@pytest.mark.parametrize(
+    "kind, steps", [pytest.param("grpo", (2, 4, 6, 8), marks=pytest.mark.slow), ("sft", (2, 4, 5))]
+)
 @pytest.mark.parametrize(
     "peft",
     [pytest.param([], id="full"), pytest.param(["--use_peft", "--lora_r", "4"], id="lora", marks=pytest.mark.slow)],
@@ -374,7 +376,7 @@ def test_loss_is_on_the_completion_only(recipes, tmp_path, monkeypatch):
             assert torch.equal(row[target != -100], target[target != -100])
 
 
-@pytest.mark.parametrize("kind", ["grpo", "sft"])
+@pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.slow), "sft"])
 def test_lora_leaves_the_vision_tower_alone(recipes, tmp_path, kind, monkeypatch):
     monkeypatch.setitem(grpo.REWARDS, "hfrrf", [length_is_even])  # an untrained model never scores
     main = {"grpo": grpo, "sft": sft}[kind].main
