@@ -81,6 +81,8 @@ def identity(**changed):
         {"output_dir": "b", "log_every_rollouts": 5, "save_every_rollouts": 2, "report_to": "wandb"},
         {"stop_after_rollouts": 3, "num_proc": 4, "eval_every_rollouts": 2, "resume_from_checkpoint": "auto"},
         {"stages": [*STAGES, {"max_completion_length": 16, "num_generations": 2, "steps": 9}]},
+        {"vllm_max_model_length": 99, "per_device_eval_batch_size": 2, "dataloader_num_workers": 3},
+        {"num_iterations": 1, "gradient_checkpointing": True, "max_pixels": None},
     ],
 )
 def test_what_may_change(changed):
@@ -91,8 +93,13 @@ def test_what_may_change(changed):
     "changed, parts",
     [
         ({"learning_rate": 2e-4}, ["`learning_rate`: 0.0001 in the checkpoint, 0.0002 now"]),
-        ({"beta": 0.0, "seed": 1}, ["`beta`: null in the checkpoint, 0.0 now", "`seed`"]),
+        ({"beta": 0.5, "seed": 1}, ["`beta`: 0.0 in the checkpoint, 0.5 now", "`seed`"]),
         ({"stages": [{**STAGES[0], "steps": 3}]}, ["`stages`"]),
+        ({"dataloader_drop_last": True}, ["`dataloader_drop_last`: false in the checkpoint, true now"]),
+        (
+            {"stages": [*STAGES, STAGES[0]], "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5},
+            ["`lr_scheduler_type`", "`stages`", "`warmup_steps`"],
+        ),
         ({"stages": [*STAGES, STAGES[0]], "lr_scheduler_type": "cosine"}, ["`lr_scheduler_type`", "`stages`"]),
     ],
 )
@@ -125,5 +132,8 @@ def test_preflight(tmp_path):
         assert "force_resume" in problems[0] and "`learning_rate`: 0.0001" in problems[1]
         forced = config(tmp_path, resume_from_checkpoint=wanted, force_resume=True)
         assert preflight.run_problems(other, forced) == []
+    other = save(tmp_path / "other", 3, **checkpoints.identity(RECIPE, num_processes=1))
+    (found,) = preflight.run_problems(RECIPE, config(tmp_path, resume_from_checkpoint=str(other)))
+    assert "holds a run already" in found
     (found,) = preflight.run_problems(RECIPE, config(tmp_path / "none", resume_from_checkpoint="true"))
     assert "no complete checkpoint" in found

@@ -107,6 +107,7 @@ def test_refused_everywhere(problems, base, changes, parts):
         ({"loss_type": "dapoo"}, ["`loss_type`: 'dapoo'", "dapo"]),
         ({"use_transformers_continuous_batching": True}, ["`use_transformers_continuous_batching`", "no pictures"]),
         ({"auto_find_batch_size": True}, ["auto_find_batch_size is not supported by GRPO"]),
+        ({"sync_ref_model": True, "save_every_rollouts": 1}, ["`sync_ref_model`", "no checkpoint"]),
         ({"temperature": 0.0}, ["`temperature`: 0 must be over 0"]),
         ({"top_p": 2.0}, ["`top_p`: 2 must be over 0 and at most 1"]),
         ({"beta": -1.0}, ["`beta`: -1 must not be negative"]),
@@ -149,6 +150,16 @@ def test_sft_alone(problems):
     ]:
         (found,) = problems(SFT, **changes)
         assert part in found
+
+
+def test_nothing_hides_behind_the_arithmetic(problems, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: True)
+    wrong = {"prompts_per_update": 3, "eval_every_rollouts": 5, "log_every_rollouts": 0, "eval_temperature": 0.0}
+    wrong |= {"use_vllm": True, "vllm_max_model_length": 40, "vllm_tensor_parallel_size": 3, "max_steps": 7}
+    found = problems(GRPO, **wrong)
+    parts = ["prompts_per_rollout = 4 / prompts_per_update = 3", "`eval_datasets` and", "`log_every_rollouts`: 0"]
+    parts += ["`eval_temperature`", "`vllm_max_model_length`: 40", "doesn't divide 4 heads", "`max_steps`: 7"]
+    assert all(any(part in line for line in found) for part in parts), found
 
 
 def test_everything_is_listed_at_once(problems):

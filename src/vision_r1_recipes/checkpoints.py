@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig
 
+from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .recipe import RecipeError
 
 
@@ -19,9 +22,11 @@ LAUNCH = ("num_processes", "distributed_type", "data")  # keys of an identity th
 FREE = (
     *("output_dir", "run_name", "report_to", "project", "disable_tqdm", "resume_from_checkpoint", "force_resume"),
     *("stop_after_rollouts", "probe_prompts", "num_proc", "ddp_timeout", "push_to_hub"),
+    *("vllm_max_model_length", "per_device_eval_batch_size", "num_generations_eval", "dataloader_num_workers"),
+    *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
     *("num_completions_to_print", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "max_dropped_share"),
 )
-FREE_PREFIXES = ("log_", "logging_", "save_", "eval_", "hub_", "dataloader_", "trackio_", "vllm_server_")
+FREE_PREFIXES = ("log_", "logging_", "save_", "eval_", "hub_", "trackio_", "vllm_server_")
 
 
 def mark(folder: str | Path, content: Mapping[str, Any]) -> None:
@@ -122,14 +127,26 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     found = []
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+        old, new = before.get(key, DEFAULTS.get(key)), now.get(key, DEFAULTS.get(key))
         if old == new or (key in LAUNCH and key not in now):
             continue
-        constant = str(now.get("lr_scheduler_type", "linear")).startswith("constant")
+        constant = now.get("lr_scheduler_type") == "constant"
         if key == "stages" and constant and isinstance(new, list) and new[: len(old or [])] == old:
             continue
         found.append(f"`{key}`: {_short(old)} in the checkpoint, {_short(new)} now")
     return found
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults of the keys whose default is the same for SFT and GRPO."""
+    found: dict[str, list] = {}
+    for kind in (DataArguments, ModelConfig, VisionSFTConfig, VisionGRPOConfig):
+        for spec in fields(kind):
+            found.setdefault(spec.name, []).append(None if spec.default is MISSING else spec.default)
+    return {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
+
+
+DEFAULTS = _defaults()
 
 
 def _short(value: Any) -> str:

@@ -46,15 +46,13 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the rows."})
 
 
-def refuse_below_one(config: Any, *names: str) -> None:
-    """Raise [`RecipeError`] when one of `names` is set and under 1."""
-    wrong = [
+def refuse_below_one(config: Any, *names: str) -> list[str]:
+    """A sentence for each of `names` that is set and under 1."""
+    return [
         f"`{name}`: {value}, needs at least 1."
         for name in names
         if (value := getattr(config, name)) is not None and value < 1
     ]
-    if wrong:
-        raise RecipeError("\n".join(wrong))
 
 
 class _Launched:
@@ -64,13 +62,15 @@ class _Launched:
         return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def refuse_derived(config: Any, names: tuple[str, ...], because: str) -> None:
-    """Raise [`RecipeError`] when a key that we derive was set by hand."""
+def refuse_derived(config: Any, names: tuple[str, ...], because: str) -> list[str]:
+    """A sentence for each key that we derive and that was set by hand."""
+    problems = []
     for spec in fields(config):
         default = spec.default if spec.default_factory is MISSING else spec.default_factory()
         value = getattr(config, spec.name)
         if spec.name in names and value != default:
-            raise RecipeError(f"`{spec.name}`: {value!r} can't stand beside {because}: it is derived. Remove it.")
+            problems.append(f"`{spec.name}`: {value!r} can't stand beside {because}: it is derived. Remove it.")
+    return problems
 
 
 @dataclass
@@ -96,8 +96,10 @@ class VisionSFTConfig(_Launched, SFTConfig):
 
     def __post_init__(self):
         if self.global_batch_size is not None:
-            refuse_derived(self, ("gradient_accumulation_steps",), "`global_batch_size`")
-            refuse_below_one(self, "global_batch_size", "per_device_train_batch_size")
+            problems = refuse_derived(self, ("gradient_accumulation_steps",), "`global_batch_size`")
+            problems += refuse_below_one(self, "global_batch_size", "per_device_train_batch_size")
+            if problems:
+                raise RecipeError("\n".join(problems))
             self.gradient_accumulation_steps = sft_accumulation(
                 self.global_batch_size, self.per_device_train_batch_size, self._num_processes()
             )
@@ -207,19 +209,18 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
         super().__post_init__()
 
     def _derive(self):
-        refuse_derived(self, GRPO_DERIVED, "`stages`")
+        problems = refuse_derived(self, GRPO_DERIVED, "`stages`")
         try:
             stages = parse_stages(self.stages)
         except ValueError as error:
-            raise RecipeError(str(error)) from error
+            stages = None
+            problems += str(error).splitlines()
         if self.prompts_per_rollout is None:
-            raise RecipeError("`stages` needs `prompts_per_rollout` (the authors' framework took 512).")
-        refuse_below_one(
+            problems.append("`stages` needs `prompts_per_rollout` (the authors' framework took 512).")
+        counts = ("prompts_per_rollout", "prompts_per_update", "per_device_train_batch_size", "num_iterations")
+        impossible = refuse_below_one(self, *counts)
+        problems += impossible + refuse_below_one(
             self,
-            "prompts_per_rollout",
-            "prompts_per_update",
-            "per_device_train_batch_size",
-            "num_iterations",
             "log_every_rollouts",
             "save_every_rollouts",
             "eval_every_rollouts",
@@ -227,16 +228,15 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
             "stop_after_rollouts",
         )
         if self.eval_temperature <= 0 or not 0 < self.eval_top_p <= 1 or self.probe_prompts < 0:
-            raise RecipeError(
+            problems.append(
                 f"`eval_temperature` {self.eval_temperature} must be over 0, `eval_top_p` {self.eval_top_p} over 0 "
                 f"and at most 1, `probe_prompts` {self.probe_prompts} at least 0."
             )
-        if self.ddp_timeout == type(self).__dataclass_fields__["ddp_timeout"].default:
-            longest = max(stage.max_completion_length for stage in stages)
-            self.ddp_timeout += int(longest * SECONDS_PER_TOKEN)
         if self.prompts_per_update is None:
             self.prompts_per_update = self.prompts_per_rollout
-        numbers, problems = batch_arithmetic(
+        if stages is None or self.prompts_per_rollout is None or impossible:
+            raise RecipeError("\n".join(problems))
+        numbers, wrong = batch_arithmetic(
             stages,
             self.prompts_per_rollout,
             self.prompts_per_update,
@@ -244,8 +244,11 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
             self._num_processes(),
             self.num_iterations,
         )
-        if problems:
-            raise RecipeError("\n".join(problems))
+        if problems or wrong:
+            raise RecipeError("\n".join(problems + wrong))
+        if self.ddp_timeout == type(self).__dataclass_fields__["ddp_timeout"].default:
+            longest = max(stage.max_completion_length for stage in stages)
+            self.ddp_timeout += int(longest * SECONDS_PER_TOKEN)
         updates = numbers.updates_per_rollout
         self.num_generations = stages[0].num_generations
         self.max_completion_length = stages[0].max_completion_length

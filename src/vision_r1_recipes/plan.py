@@ -129,7 +129,7 @@ def _grpo(data: DataArguments, args: VisionGRPOConfig, model: ModelConfig, world
     text = [(name, list(map(str, values))) for name, values in table]
     width = max(len(name) for name, _ in text)
     columns = [max(len(values[i]) for _, values in text) for i in range(len(stages))]
-    longest = longest_sequence(data, args)
+    longest = longest_sequence(data, args, stages)
     prompts = num_rollouts(stages) * args.prompts_per_rollout
     lines = [
         f"GRPO of {model.model_name_or_path}, reward {args.reward}",

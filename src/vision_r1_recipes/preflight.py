@@ -19,8 +19,8 @@ from trl import ModelConfig
 from . import checkpoints
 from .configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .data import check_source
-from .ptst import num_rollouts, parse_stages
-from .recipe import RecipeError, parse_all
+from .ptst import Stage, num_rollouts, parse_stages
+from .recipe import RecipeError, load, parse_all
 
 
 # Values that TRL 1.16 knows; it looks at them only once training runs.
@@ -106,6 +106,14 @@ def run_problems(values: dict, args: VisionSFTConfig | VisionGRPOConfig) -> list
             f"`output_dir`: {folder} already holds checkpoints, {left[-1].name} the last. Go on with "
             "`--resume_from_checkpoint auto`, or name another output_dir."
         )
+    resuming = str(args.resume_from_checkpoint).lower() in ("true", "auto")
+    if resuming and checkpoints.finished(folder, args.max_steps) and (folder / "recipe.yaml").is_file():
+        before, now = (checkpoints.identity(recipe) for recipe in (load(folder / "recipe.yaml"), values))
+        if (found := checkpoints.changes(before, now)) and not args.force_resume:
+            problems += [f"`output_dir`: {folder} holds another run, finished: name another output_dir.", *found]
+    used = checkpoints.saved(folder) or (folder / "trainer_state.json").is_file()
+    if used and checkpoint is not None and checkpoint.parent.resolve() != folder.resolve():
+        problems.append(f"`output_dir`: {folder} holds a run already, and {checkpoint} is of another: name a new one.")
     if checkpoint is not None:
         now = checkpoints.identity(values, num_processes=args._num_processes())
         problems += refuse_changes(checkpoint, now, args.force_resume)
@@ -213,21 +221,28 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
             "`use_transformers_continuous_batching`: TRL 1.16 hands no pictures to it, the model would be blind. "
             "Remove it, or use vLLM."
         )
+    if args.sync_ref_model and args.save_every_rollouts:
+        problems.append(
+            "`sync_ref_model`: the reference is in no checkpoint, a resumed run would have another. Remove it, or "
+            "`save_every_rollouts`."
+        )
     if values.get("stages") is None:
         return [*problems, "`stages` is missing: give at least one {max_completion_length, num_generations, steps}."]
     problems += _derived_problems(values, GRPO_DERIVED, "`stages`")
-    if args.stages is None:  # they are wrong, which has been told
-        return problems
+    try:
+        stages = parse_stages(values["stages"])
+    except (ValueError, TypeError):  # which has been told
+        stages = []
     if bool(data.eval_datasets) != bool(args.eval_every_rollouts):
         problems.append("`eval_datasets` and `eval_every_rollouts` only work together: give both, or neither.")
-    longest = longest_sequence(data, args)
+    longest = longest_sequence(data, args, stages)
     limit = _positions(model)
     if longest and limit and longest > limit:
         problems.append(f"longest sequence, {longest} tokens, is over the model's {limit} positions: shorten a cap.")
     if args.use_vllm:
-        if longest is None:
+        if data.max_prompt_length is None:
             problems.append("`max_prompt_length` is needed with vLLM: it bounds the longest sequence.")
-        elif args.vllm_max_model_length is None or args.vllm_max_model_length < longest:
+        elif stages and (args.vllm_max_model_length is None or args.vllm_max_model_length < longest):
             problems.append(
                 f"`vllm_max_model_length`: {args.vllm_max_model_length}, the longest sequence needs {longest}."
             )
@@ -244,12 +259,12 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
     return problems
 
 
-def longest_sequence(data: DataArguments, args: VisionGRPOConfig) -> int | None:
+def longest_sequence(data: DataArguments, args: VisionGRPOConfig, stages: Sequence[Stage]) -> int | None:
     """Tokens of the longest prompt and completion of any stage or evaluation; `None` when prompts have no bound."""
     if data.max_prompt_length is None:
         return None
-    caps = [stage.max_completion_length for stage in parse_stages(args.stages)]
-    return data.max_prompt_length + max(*caps, args.eval_max_completion_length or 0)
+    caps = [stage.max_completion_length for stage in stages]
+    return data.max_prompt_length + max([*caps, args.eval_max_completion_length or 0])
 
 
 def _positions(model: ModelConfig) -> int | None:

@@ -83,17 +83,20 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
         if checkpoint is None and Path(args.output_dir, "trainer_state.json").is_file():
             aside = f"{Path(args.output_dir)}.{datetime.now():%Y%m%d-%H%M%S}"
             os.rename(args.output_dir, aside)
+            Path(args.output_dir, "completions").mkdir(parents=True)  # TRL has made it and will write there
             print(f"{args.output_dir} held a run that had ended: moved to {aside}")
         recipe.save(values, args.output_dir, **world)
         report.save(Path(args.output_dir, "data_report.json"))
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_state()
     if trainer.state.global_step < trainer.state.max_steps:
         if trainer.accelerator.is_main_process:
             print(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; "
                 "`--resume_from_checkpoint auto` goes on. The model is saved when the run is finished."
             )
+        trainer.save_state()
         return
     trainer.save_model(args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_state()  # last: with it the run counts as finished

@@ -93,6 +93,9 @@ class _Checkpoints:
         if self.args.should_save:
             state = {name: getattr(self, name) for name in ("_total_train_tokens",) if hasattr(self, name)}
             checkpoints.mark(folder, {"identity": dict(self.run_identity), "state": state})
+            for later in checkpoints.saved(home)[checkpoints.saved(home).index(folder) + 1 :]:
+                if checkpoints.read(later) is None:  # left by a killed run; in the way of the rotation
+                    shutil.rmtree(later)
             rotate_checkpoints(str(home), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -108,12 +111,21 @@ class _Checkpoints:
                     f"{resume_from_checkpoint} doesn't hold this adapter's weights: {sorted(wrong)[:5]}"
                 )
             return
-        saved, info = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, output_loading_info=True)
+        # In float32, which holds every dtype that a model may mix.
+        saved, info = type(model).from_pretrained(
+            resume_from_checkpoint, dtype=torch.float32, output_loading_info=True
+        )
         wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
             listed = "; ".join(f"{kind}: {', '.join(map(str, keys[:5]))}" for kind, keys in wrong.items() if keys)
             raise RuntimeError(f"{resume_from_checkpoint} doesn't hold this model's weights. {listed}")
         model.load_state_dict(saved.state_dict(), strict=True)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def _keep_used_conversions(model: PreTrainedModel | PeftModel) -> None:
@@ -259,6 +271,8 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
             raise ValueError("`stages` needs a dataset with a length: load the rows, or leave `stages` out.")
         if args.use_transformers_continuous_batching and shareable(self.processing_class):
             raise ValueError("`use_transformers_continuous_batching` takes no pictures in TRL 1.16: set it to false.")
+        if args.sync_ref_model and args.save_strategy != "no":
+            raise ValueError("`sync_ref_model`: the reference is in no checkpoint. Set it, or saving, off.")
         stock = self.tools or self.environment_factories is not None or self.rollout_func is not None
         self._shares_pictures = shareable(self.processing_class) and not stock
         if self._shares_pictures:
@@ -324,6 +338,7 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         before = {"max_completion_length": self.max_completion_length, "temperature": self.temperature}
         before["top_p"] = self.top_p
         logs, self._logs, log_completions, self.log_completions = self._logs, _empty(), self.log_completions, False
+        pictures = self._pictures  # of the completions that are still in the buffer
         self._set_sampling(cap, temperature=ours.eval_temperature, top_p=ours.eval_top_p)
         try:
             with _rng_kept():
@@ -331,7 +346,7 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
                 return super().evaluate(*args, **kwargs)
         finally:
             self._set_sampling(**before)
-            self._logs, self.log_completions = logs, log_completions
+            self._logs, self.log_completions, self._pictures = logs, log_completions, pictures
 
     def probe(self, num_prompts: int) -> tuple[dict[str, float], str]:
         """
