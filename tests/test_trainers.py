@@ -393,10 +393,10 @@ def test_a_checkpoint_of_another_model_is_refused(recipes, toy, tmp_path, tied):
     del tensors[next(name for name in tensors if "q_proj" in name)]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(RecipeError, match="is not complete"):
-        sft.main([*resumed, str(tmp_path / "run/checkpoint-2")])
+        sft.main([*resumed, str(tmp_path / "run/checkpoint-2"), "--output_dir", str(tmp_path / "other")])
     checkpoints.mark(tmp_path / "run/checkpoint-2", marked)
     with pytest.raises(RuntimeError, match="missing_keys"):
-        sft.main([*resumed, str(tmp_path / "run/checkpoint-2")])
+        sft.main([*resumed, str(tmp_path / "run/checkpoint-2"), "--output_dir", str(tmp_path / "other")])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
