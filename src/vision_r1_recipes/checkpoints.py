@@ -60,6 +60,11 @@ def saved(output_dir: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def newest_is_wanted(resume_from_checkpoint: Any) -> bool:
+    """Whether `resume_from_checkpoint` names no folder but means the newest checkpoint: `true` or `auto`."""
+    return str(resume_from_checkpoint).lower() in ("true", "auto")
+
+
 def wanted(resume_from_checkpoint: Any, output_dir: str | Path) -> tuple[Path | None, list[Path]]:
     """
     The checkpoint that `resume_from_checkpoint` means.
@@ -80,7 +85,7 @@ def wanted(resume_from_checkpoint: Any, output_dir: str | Path) -> tuple[Path | 
     choice = str(resume_from_checkpoint).lower()
     if choice in ("none", "false"):
         return None, []
-    if choice not in ("true", "auto"):
+    if not newest_is_wanted(choice):
         folder = Path(resume_from_checkpoint)
         if not folder.is_dir():
             raise RecipeError(f"`resume_from_checkpoint`: {folder} is not a folder. Give a checkpoint, true or auto.")

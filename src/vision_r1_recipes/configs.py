@@ -46,7 +46,7 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the rows."})
 
 
-def refuse_below_one(config: Any, *names: str) -> list[str]:
+def below_one(config: Any, *names: str) -> list[str]:
     """A sentence for each of `names` that is set and under 1."""
     return [
         f"`{name}`: {value}, needs at least 1."
@@ -62,14 +62,18 @@ class _Launched:
         return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def refuse_derived(config: Any, names: tuple[str, ...], because: str) -> list[str]:
+def derived_problem(key: str, value: Any, because: str) -> str:
+    return f"`{key}`: {value!r} can't stand beside {because}: it is derived. Remove it."
+
+
+def set_though_derived(config: Any, names: tuple[str, ...], because: str) -> list[str]:
     """A sentence for each key that we derive and that was set by hand."""
     problems = []
     for spec in fields(config):
         default = spec.default if spec.default_factory is MISSING else spec.default_factory()
         value = getattr(config, spec.name)
         if spec.name in names and value != default:
-            problems.append(f"`{spec.name}`: {value!r} can't stand beside {because}: it is derived. Remove it.")
+            problems.append(derived_problem(spec.name, value, because))
     return problems
 
 
@@ -96,8 +100,8 @@ class VisionSFTConfig(_Launched, SFTConfig):
 
     def __post_init__(self):
         if self.global_batch_size is not None:
-            problems = refuse_derived(self, ("gradient_accumulation_steps",), "`global_batch_size`")
-            problems += refuse_below_one(self, "global_batch_size", "per_device_train_batch_size")
+            problems = set_though_derived(self, ("gradient_accumulation_steps",), "`global_batch_size`")
+            problems += below_one(self, "global_batch_size", "per_device_train_batch_size")
             if problems:
                 raise RecipeError("\n".join(problems))
             self.gradient_accumulation_steps = sft_accumulation(
@@ -209,7 +213,7 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
         super().__post_init__()
 
     def _derive(self):
-        problems = refuse_derived(self, GRPO_DERIVED, "`stages`")
+        problems = set_though_derived(self, GRPO_DERIVED, "`stages`")
         try:
             stages = parse_stages(self.stages)
         except ValueError as error:
@@ -218,8 +222,8 @@ class VisionGRPOConfig(_Launched, GRPOConfig):
         if self.prompts_per_rollout is None:
             problems.append("`stages` needs `prompts_per_rollout` (the authors' framework took 512).")
         counts = ("prompts_per_rollout", "prompts_per_update", "per_device_train_batch_size", "num_iterations")
-        impossible = refuse_below_one(self, *counts)
-        problems += impossible + refuse_below_one(
+        impossible = below_one(self, *counts)
+        problems += impossible + below_one(
             self,
             "log_every_rollouts",
             "save_every_rollouts",

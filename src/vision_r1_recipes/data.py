@@ -61,7 +61,7 @@ class DataReport:
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    fingerprint: str = ""  # of the rows that were kept, in their order: a resumed run must have the same
+    fingerprint: str = ""  # of a run's training rows, in their order: a resumed run must have the same
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} rows kept"]
@@ -131,6 +131,7 @@ def prepare(
         )
         rows, report = load(data_args.datasets)
         eval_rows = load(data_args.eval_datasets, name="eval_datasets")[0] if data_args.eval_datasets else None
+    report.fingerprint = _fingerprint(rows.with_format(None))
     if PartialState().is_main_process:
         print(report, flush=True)
     return processor, rows, eval_rows, report
@@ -206,7 +207,6 @@ def load_rows(
         )
     keep = [i for i, reason in enumerate(reasons) if not reason]
     rows = rows.select(keep).remove_columns(["dropped", "detail"])
-    report.fingerprint = _fingerprint(rows)
     return rows.with_transform(partial(_decode, bounds=bounds)), report
 
 

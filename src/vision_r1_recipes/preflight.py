@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig
 
 from . import checkpoints
-from .configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig
+from .configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig, derived_problem
 from .data import check_source
 from .ptst import Stage, num_rollouts, parse_stages
 from .recipe import RecipeError, load, parse_all
@@ -106,7 +106,7 @@ def run_problems(values: dict, args: VisionSFTConfig | VisionGRPOConfig) -> list
             f"`output_dir`: {folder} already holds checkpoints, {left[-1].name} the last. Go on with "
             "`--resume_from_checkpoint auto`, or name another output_dir."
         )
-    resuming = str(args.resume_from_checkpoint).lower() in ("true", "auto")
+    resuming = checkpoints.newest_is_wanted(args.resume_from_checkpoint)
     if resuming and checkpoints.finished(folder, args.max_steps) and (folder / "recipe.yaml").is_file():
         before, now = (checkpoints.identity(recipe) for recipe in (load(folder / "recipe.yaml"), values))
         if (found := checkpoints.changes(before, now)) and not args.force_resume:
@@ -188,11 +188,7 @@ def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig
 
 def _derived_problems(values: dict, names: Sequence[str], because: str) -> list[str]:
     # The config refuses other values than the default, but can't know whether the default was asked for.
-    return [
-        f"`{key}`: {values[key]!r} can't stand beside {because}: it is derived. Remove it."
-        for key in names
-        if key in values
-    ]
+    return [derived_problem(key, values[key], because) for key in names if key in values]
 
 
 def sft_problems(values: dict, data: DataArguments, args: VisionSFTConfig, model: ModelConfig) -> list[str]:

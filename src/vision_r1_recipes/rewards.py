@@ -1,7 +1,6 @@
 """Vision-R1's rewards: HFRRF (format and answer, all or nothing) and the soft pair of Vision-R1-Zero."""
 
-from . import grading
-from .grading import check_gold, grade, strip_prefix
+from .grading import check_gold, grade, strip_prefix, timeouts
 
 
 __all__ = ["accuracy_reward", "check_gold", "format_reward", "grade", "hfrrf", "parse_format"]
@@ -73,10 +72,10 @@ def accuracy_reward(completions: list, solution: list[str], log_metric=None, **k
 
     The answer is taken from the last `<answer> ... </answer>` where the format is wrong.
     """
-    rewards, timeouts = [], grading.timeouts()
+    rewards, before = [], timeouts()
     for text, gold in zip(_texts(completions), solution, strict=True):
         answer = parse_format(text) or _last_answer(text)
         rewards.append(float(answer is not None and grade(gold, answer)))
     _log(log_metric, "accuracy_rate", rewards)
-    _log(log_metric, "grader_timeouts", [grading.timeouts() - timeouts])
+    _log(log_metric, "grader_timeouts", [timeouts() - before])
     return rewards

@@ -64,7 +64,7 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
     if launch.deepspeed_plugin is not None:
         world["distributed_type"] += f" ZeRO-{launch.deepspeed_plugin.zero_stage}"
     trainer.run_identity = checkpoints.identity(values, **world, data=report.fingerprint)
-    resuming = str(args.resume_from_checkpoint).lower() in ("true", "auto")
+    resuming = checkpoints.newest_is_wanted(args.resume_from_checkpoint)
     if resuming and checkpoints.finished(args.output_dir, args.max_steps):
         if trainer.accelerator.is_main_process:
             print(f"{args.output_dir} holds this run, finished: nothing to do")

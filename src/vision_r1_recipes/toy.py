@@ -462,6 +462,17 @@ def _config(tokenizer: Qwen2Tokenizer, text: dict, vision: dict, tie_word_embedd
     }
 
 
+def _assemble(tokenizer, seed, model_class, config, processor_class, images, videos):
+    """An untrained model of `config`, drawn by `seed`, and its processor."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    model.generation_config = _generation_config(tokenizer)
+    return model, processor_class(
+        image_processor=images, tokenizer=tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE
+    )
+
+
 def build_model(
     tokenizer: Qwen2Tokenizer, seed: int = 0, tie_word_embeddings: bool = False
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
@@ -474,17 +485,16 @@ def build_model(
             tie_word_embeddings,
         )
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = _generation_config(tokenizer)
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=14 * 14 * 4 * 16384),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
+    images = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=14 * 14 * 4 * 16384)
+    return _assemble(
+        tokenizer,
+        seed,
+        Qwen2_5_VLForConditionalGeneration,
+        config,
+        Qwen2_5_VLProcessor,
+        images,
+        Qwen2VLVideoProcessor(),
     )
-    return model, processor
 
 
 def build_qwen3_vl(
@@ -507,17 +517,10 @@ def build_qwen3_vl(
             tie_word_embeddings,
         )
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config = _generation_config(tokenizer)
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=16, min_pixels=64 * 64, max_pixels=16 * 16 * 4 * 16384),
-        tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
+    images = Qwen2VLImageProcessor(patch_size=16, min_pixels=64 * 64, max_pixels=16 * 16 * 4 * 16384)
+    return _assemble(
+        tokenizer, seed, Qwen3VLForConditionalGeneration, config, Qwen3VLProcessor, images, Qwen3VLVideoProcessor()
     )
-    return model, processor
 
 
 def _save(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,8 +227,13 @@ class _Rollout:
     prompts: list[dict[str, Any]]  # rows of the dataset, one per prompt
     group: int  # completions per prompt
 
-    def repeat(self, items: list) -> list:
+    def repeat(self, items: Iterable) -> list:
+        """One item per prompt -> one per completion."""
         return [item for item in items for _ in range(self.group)]
+
+    @property
+    def prompt_of_row(self) -> list[int]:
+        return self.repeat(range(len(self.prompts)))
 
 
 class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
@@ -396,9 +401,8 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         if self.stages is None:
             return super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self._logs = (
-                _empty()
-            )  # TRL keeps as many rows as the first stage's rollouts have: old ones in later stages
+            # TRL keeps as many rows as the first stage's rollouts have: in later stages old ones would be among them.
+            self._logs = _empty()
         rollout = _Rollout(inputs, self.num_generations if self.model.training else self.num_generations_eval)
         with self._phase("rollout"):
             if not self._shares_pictures:
@@ -411,7 +415,7 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
                 output = super()._generate_and_score_completions([dict(row) for row in rollout.repeat(bare)])
             finally:
                 self._rollout = None
-        output["prompt"] = rollout.repeat(list(range(len(inputs))))
+        output["prompt"] = rollout.prompt_of_row
         if self.log_multimodal:
             self._logs["images"].extend(gather_object(rollout.repeat([pictures_of(row) for row in inputs])))
         return output
@@ -437,7 +441,7 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         images = [None] * len(ids) if images is None else images
         self._pictures = Pictures(fields, [len(of_prompt or ()) for of_prompt in images])
         # vLLM gets the pictures themselves
-        fields = {} if self.use_vllm else self._pictures.unpadded(repeat(list(range(len(ids)))))
+        fields = {} if self.use_vllm else self._pictures.unpadded(self._rollout.prompt_of_row)
         return repeat(ids), repeat(images) if any(images) else None, fields
 
     def _generate_single_turn(self, *args, **kwargs):
@@ -445,8 +449,7 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
             if self._rollout is None or self.use_vllm:
                 completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
             else:
-                prompts = self._rollout.repeat(list(range(len(self._rollout.prompts))))
-                with self._features.of(self._pictures.order(prompts)):
+                with self._features.of(self._pictures.order(self._rollout.prompt_of_row)):
                     completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
             self._seconds["tokens"] += sum(map(len, completion_ids))
@@ -473,7 +476,7 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         chunks = []
         for first in range(0, rows, batch_size or rows):
             chunk = slice(first, min(first + (batch_size or rows), rows))
-            prompts = [row // self._rollout.group for row in range(chunk.start, chunk.stop)]
+            prompts = self._rollout.prompt_of_row[chunk]
             pictures = self._pictures.padded(prompts, length - logits_to_keep, length, input_ids.device)
             with self._features.of(self._pictures.order(prompts)):
                 chunks.append(
