@@ -1,6 +1,7 @@
 """Vision-R1's rewards: HFRRF (format and answer, all or nothing) and the soft pair of Vision-R1-Zero."""
 
-from .grading import check_gold, grade, strip_prefix, timeouts
+from .grading import check_gold, grade, grade_all
+from .spelling import strip_prefix
 
 
 __all__ = ["accuracy_reward", "check_gold", "format_reward", "grade", "hfrrf", "parse_format"]
@@ -72,10 +73,9 @@ def accuracy_reward(completions: list, solution: list[str], log_metric=None, **k
 
     The answer is taken from the last `<answer> ... </answer>` where the format is wrong.
     """
-    rewards, before = [], timeouts()
-    for text, gold in zip(_texts(completions), solution, strict=True):
-        answer = parse_format(text) or _last_answer(text)
-        rewards.append(float(answer is not None and grade(gold, answer)))
+    answers = [parse_format(text) or _last_answer(text) for text in _texts(completions)]
+    verdicts = grade_all(solution, answers)
+    rewards = [float(verdict is True) for verdict in verdicts]
     _log(log_metric, "accuracy_rate", rewards)
-    _log(log_metric, "grader_timeouts", [timeouts() - before])
+    _log(log_metric, "grader_timeouts", [verdicts.count(None)])
     return rewards

@@ -1,0 +1,209 @@
+# ruff: noqa: RUF001
+"""One spelling for the many ways to write an answer, and what needs no arithmetic: option letters, Yes and No."""
+
+import functools
+import re
+import unicodedata
+
+
+# -------- characters and LaTeX
+
+_SIGNS = dict(
+    zip(
+        "×·⋅∙÷√±∞≤≥⩽⩾≠≈≅∼∠△∪∩∅∈ℝ∥⊥αβγδθλμπρσφω→",
+        "times cdot cdot cdot div sqrt pm infty le ge le ge ne approx cong sim angle triangle cup cap emptyset in "
+        "mathbb{R} parallel perp alpha beta gamma delta theta lambda mu pi rho sigma phi omega to".split(),
+        strict=True,
+    )
+)
+_CHARS = {sign: f"\\{name} " for sign, name in _SIGNS.items()}
+_CHARS |= dict.fromkeys("\u2212\u2013\u2014\u2012\u2010\ufe63", "-")
+_CHARS |= dict(
+    zip("\u00baµ\u2126、㎡∶‰【】〔〕″′", ("°", "u", "Ω", ",", "m^2", ":", "%%", *"[][]", "''", "'"), strict=True)
+)
+_CHARS |= {c: f" {unicodedata.normalize('NFKC', c).replace(chr(0x2044), '/')}" for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+_CHARS |= {"∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+_CHARS |= dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'")
+_SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SUBST = [
+    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPER)}}}"),
+    (r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}"),
+]
+_LATEX = [
+    (r",\s*\\!\s*", ","),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\(?:text|mathrm)\s*\{\s*([A-Z][a-z]?)\s*\}(?=\s*_)", r"\1"),
+    (r"(_\{?\d+\}?)\s*\\(?:text|mathrm)\s*\{\s*([A-Z][a-z]?)\s*\}", r"\1\2"),
+    (r"\\(?:left|right|displaystyle|limits|rm|bf|it|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+    (r"(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|~|(?<!\\)\{\}", " "),
+    (
+        r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname|boldsymbol)\s*\{([^{}]*)\}",
+        r" \1 ",
+    ),
+    (r"\{,\}", ","),
+    (r"\\([%$#&])", r"\1"),
+    (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])|\^\s*°", "\u00b0"),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:leqslant|leq)(?![A-Za-z])|<=|=<", r"\\le "),
+    (r"\\(?:geqslant|geq)(?![A-Za-z])|>=", r"\\ge "),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\neq(?![A-Za-z])|!=|\\not\s*=|=/=", r"\\ne "),
+    (r"\\(?:long)?rightarrow(?![A-Za-z])|->|-->", r"\\to "),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+    (r"\\(?:colon)(?![A-Za-z])", ":"),
+    (r"\\[lr]?vert(?![A-Za-z])|\\mid(?![A-Za-z])", "|"),
+    (r"\\[lr]brack(?![A-Za-z])", lambda m: "[" if m[0][1] == "l" else "]"),
+    (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
+    (r"\\Omega(?![A-Za-z])", "\u03a9"),
+    (r"\\cdotp(?![A-Za-z])|\\bullet(?![A-Za-z])|\\ast(?![A-Za-z])", r"\\cdot "),
+    (r"\\(?:dots|ldots|cdots)(?![A-Za-z])", "..."),
+    (r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])", r"\\\1 "),
+    (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z])", r"\\infty "),
+    (r"(?<![A-Za-z\\])(angle|triangle)(?= ?[A-Z]{1,3}\b)", r"\\\1 "),
+    (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
+    (r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}"),
+    (r"\\sqrt\s*(\[\d+\])?\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\\sqrt\1{\2}"),
+    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\^\s*([+-]?\d+)", r"^{\1}"),
+    (r"\^\s*([A-Za-z])", r"^{\1}"),
+    (r"_\s*(\w)", r"_{\1}"),
+]
+_LATEX = [(re.compile(pattern), new) for pattern, new in _LATEX]
+
+# -------- what stands around an answer
+
+_LEAD_IN = re.compile(
+    r"(?:so|thus|therefore|hence|then)\b[,:\s]*|∴\s*|\\therefore\s*"
+    r"|(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s+)?"
+    r"(?:answer|result)\s*(?:\b(?:is|are|should be)\b\s*:?|[:=])\s*"
+    r"|(?:所以|因此|故)?[,\s]*(?:最终|最后|正确)?的?(?:答案|结果)\s*(?:是|为|:)\s*:?\s*|(?:所以|因此|故)[,\s]*"
+    r"|\\approx\s*|(?:in )?(?:the year )?(?=\d{4}$)|(?:一?共有?|总共|等于|大约)(?=\d)|(?:approximately|approx\.|about|roughly|around)\s+(?=[\d$\\-])|约(?:为|是)?\s*(?=\d)|=\s*",
+    re.I,
+)
+_PAIRS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), ('"', '"'), ("'", "'"), ("[[", "]]")]
+
+
+def strip_prefix(text: str) -> str:
+    """`text` without the literal prefix `Final Answer:` of the released samples `[repo]`."""
+    return re.sub(r"^\s*final\s+answer\s*[:\uff1a]", "", text[:200], flags=re.I).strip() + text[200:].rstrip()
+
+
+def closing(text: str) -> int:
+    """Index of the bracket that closes the one at 0; -1 when there is none."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth <= 0:
+            return i if i else -1
+    return -1
+
+
+def _unwrap(text: str) -> str:
+    text = text.strip().removesuffix("。").rstrip()
+    if (
+        text.endswith((".", "!", ",", ";"))
+        and not re.search(r"\.\.$|\d!$|[\w)}\]]\s*!$", text)
+        or re.search(r"[A-Za-z]{3}!$", text)
+    ):
+        text = text[:-1].rstrip()
+    for left, right in _PAIRS:
+        inside = text[len(left) : len(text) - len(right)]
+        if len(inside) and text.startswith(left) and text.endswith(right) and left not in inside:
+            text = inside
+    for mark in ("**", "__", "*"):
+        if text.startswith(mark) and text.count(mark) % 2 == 0 and len(text) > 2 * len(mark):
+            text = text.replace(mark, "")
+    if re.match(r"#{1,6} ", text):
+        text = text.lstrip("# ")
+    if text.count(r"\boxed") == 1 and text.endswith("}"):
+        before, _, box = text.partition(r"\boxed")
+        box = box.strip()
+        if not re.search(r"\d|\bor\b|\bnot\b|\\", before) and closing(box) == len(box) - 1:
+            text = box[1:-1]
+    if lead := _LEAD_IN.match(text):
+        text = text[lead.end() :] or text
+    return text.strip()
+
+
+@functools.lru_cache(maxsize=4096)
+def clean(text: str) -> str:
+    """One spelling for the ways to write the same thing: unicode, LaTeX dressing, wrappers, lead-ins."""
+    text = re.sub(r"^\s*([A-J])、(?=\s*\d)", r"\1. ", text)
+    for pattern, new in _SUBST:
+        text = re.sub(pattern, new, text)
+    text = "".join(_CHARS.get(c, c) for c in text)
+    text = unicodedata.normalize("NFKC", text)
+    for _ in range(8):
+        before, text = text, _unwrap(text)
+        if text == before:
+            break
+    if text.count("$") > 1 and text.count("$") % 2 == 0:
+        text = text.replace("$", " ")
+    for pattern, new in _LATEX:
+        text = pattern.sub(new, text)
+    if "&" in text and r"\begin" not in text:
+        text = text.replace("&", " and ")
+    return re.sub(r"\s+", " ", _unwrap(text))
+
+
+def fold(text: str) -> str:
+    """What two cleaned texts must share to be equal: neither spaces beside signs, nor case outside mathematics."""
+    if "\\" not in text and (not re.search(r"\d", text) or re.search(r"[^\W\d_]{4}", text)):
+        text = text.casefold()
+    if text[:1] not in "([{":
+        text = re.sub(r"(?<=\d), (?=\d{3}(?!\d))", ";", text)  # two numbers, not a thousand
+    text = re.sub(r" (?=[\W\u4e00-\u9fff])|(?<=[\W\u4e00-\u9fff]) ", "", text)
+    return re.sub(r"(?<=[A-Za-z])_\{?(\w+)\}?", r"\1", text)
+
+
+# -------- letters, Yes and No
+
+OPTION = re.compile(
+    r"(?:(?:i (?:choose|pick|select)|the|it is|it's|you should choose|choose|select) )?"
+    r"(?:(?:correct|right|best) )?(?:(?:option|choice|answer|选择?项?)(?: is| selected)?:? ?)?[(\[]?(?P<letter>[A-J])"
+    r"(?P<sep>[)\]][.:]?|[.:]|,(?!\d)| ?$|(?= is (?:the )?(?:correct|right|best|answer)| because| since)"
+    r"| - | (?=[\d$(]))(?P<rest>.*)",
+    re.I | re.S,
+)
+_OTHER = re.compile(
+    r"(?:\b(?:or|and|not|option|choice|answer|is|be)\b[ :]*|[,/;&(:] ?|^ ?)([A-J])(?![\w'])|\b([A-J])[.)](?= |$)"
+)
+_LETTERS = re.compile(
+    r"[(\[]?[A-J][)\].]{0,2}(?:(?: ?[,;/] ?| ?, ?and |(?: and)? )[(\[]?[A-J][)\].]{0,2})+|[A-J]{2,6}"
+)
+
+
+def letter_of(text: str) -> str | None:
+    """The one option letter that `text` names; `None` for several, for a negated one and for none."""
+    match = OPTION.fullmatch(text)
+    if not match:
+        return None
+    letter, rest = match["letter"].upper(), match["rest"]
+    if match["letter"].islower() and (match["sep"] not in (")", ").", "]", ".", "") or (rest and not match["sep"])):
+        return None
+    if re.search(r"\b(?:wrong|incorrect)\b|\b(?:is|are) not\b|n't\b", rest) and not match["sep"]:
+        return None
+    others = {a or b for a, b in _OTHER.findall(rest)}
+    if match["sep"] == ",":
+        others.update(re.findall(r"\b[A-J]\b", rest))
+    return letter if others <= {letter} else None
+
+
+def letters_of(text: str) -> frozenset[str] | None:
+    """The letters of an answer that names several (`A, C`, `A and C`, `AC`), where order doesn't matter."""
+    if not _LETTERS.fullmatch(text):
+        return None
+    letters = re.findall("[A-J]", text)
+    return frozenset(letters) if len(set(letters)) == len(letters) else None
+
+
+def yes_or_no(text: str) -> tuple[str, frozenset[str]] | None:
+    """`yes`, `no`, `true` or `false`, and the words of a reason, when `text` says just that."""
+    match = re.match(
+        r"(yes|no|true|false)(?:(?: ?[.,;:!-] ?| (?=it|they|the|this|that|because))(.*))?$", text, re.I | re.S
+    )
+    if not match or re.search(r"\b(yes|no|true|false|or|maybe)\b", match[2] or "", re.I):
+        return None
+    return match[1].lower(), frozenset(re.findall(r"\w+", (match[2] or "").lower()))
