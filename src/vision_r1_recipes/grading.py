@@ -9,8 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 
-from .quantities import number, quantity, same_number
-from .spelling import OPTION, clean, fold, letter_of, letters_of, strip_prefix, yes_or_no
+from .quantities import equal_numbers, number, quantity, same_number
+from .spelling import OPTION, clean, fold, letter_of, letters_of, strip_prefix, without_brackets, yes_or_no
 from .structure import Comparison
 from .workers import LOST, Pool
 
@@ -111,9 +111,10 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
     if gold == answer:
         return True
     if max(len(gold), len(answer)) > MAX_TEXT:
-        return False
+        values = number(gold), number(answer)
+        return fold(gold) == fold(answer) or (None not in values and equal_numbers(*values))
     answer, *again = re.split(r"\.?\s*\n\s*(?:final )?answer\s*:\s*", answer, flags=re.I)
-    gold, answer = clean(gold), clean(answer)
+    gold, answer = without_brackets(clean(gold)), without_brackets(clean(answer))
     if any(fold(clean(other)) != fold(answer) for other in again):
         return False
     if letter := letter_of(gold):
@@ -131,6 +132,8 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         answer = answer[sentence.end() :]
     if number(quantity(gold)[0]) is not None:
         answer = _ASIDE.sub("", answer)
+    if re.fullmatch(r"[\d.]+ ?: ?[\d.]+", gold):
+        answer = answer.replace(" to ", ":")
     verdict = same_number(gold, answer)
     if verdict is not None:
         return verdict
@@ -160,6 +163,7 @@ _WITHOUT_SYMPY = _WithoutSympy()
 
 _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
 _SENTENCE = re.compile(
-    _NO_DOUBT + r"[A-Za-z][A-Za-z ,']{0,80}? (?:is|are|equals|was|has|have)(?: equal to)?:? (?=[-+$(\[\d\\.])"
+    _NO_DOUBT + r"[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){0,80}? "
+    r"(?:is|are|equals|was|has|have)(?: equal to)?:? (?=[-+$(\[\d\\.])|[\u4e00-\u9fff]{1,10}(?<!\u4e0d)[\u662f\u4e3a](?=[-\d\\])"
 )
-_ASIDE = re.compile(rf" \({_NO_DOUBT}[a-z ,]{{3,60}}\)$")
+_ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")

@@ -25,6 +25,7 @@ _TEXT_ONLY = re.compile(
     rf"(?<!\\)\\(?!(?:{_COMMANDS})(?![A-Za-z])|[\\{{}}])"
     r"|\d [\d.]|\d ?[_']|[^\w\s\\{}()\[\]+*/^.,|<>=!&'-]|\b(?:or|and|not|no|is|in|of|if)\b|\.\.|[A-Z]\d|[A-Z][A-Z]"
 )
+_ION = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d+\}?)?)+(?:\^?\{?\d?[+-]\}?)")
 _DEGREES = re.compile(r"\\(sin|cos|tan|cot|sec|csc) ?[({]?(\d+(?:\.\d+)?) ?°[)}]?")
 # Where two expressions are compared; primes, so that no constant of an answer hides a difference by chance.
 _POINTS = [
@@ -147,10 +148,14 @@ def _equal(gold: sympy.Expr, answer: sympy.Expr) -> bool:
 
 def unparseable(gold: str) -> str | None:
     """The part of a cleaned gold that looks like mathematics and that the LaTeX parser can't read."""
+    if r"\begin" in gold or _ION.fullmatch(gold):
+        return None
     for item in items_of(gold)[1]:
         for part in split(item, RELATION.pattern):
             value = quantity(part.strip())[0]
             words = re.search(r"[^\W\d_]{4}", re.sub(r"\\[A-Za-z]+", "", value))
+            if r"\begin" in value or _ION.fullmatch(value):
+                continue
             plain = _TEXT_ONLY.search(value) or words or not value.isascii() or LABEL.fullmatch(value)
             if not plain and number(value) is None and _parse(value) is None:
                 return value

@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from .spelling import closing
+from .spelling import without_brackets
 
 
 # -------- numbers
@@ -21,7 +21,7 @@ _ONES = (
     "eighteen nineteen"
 )
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
-_WORDS |= {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_WORDS |= {w: 10 * i for i, w in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
 _WORDS |= {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2)}
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _MULTIPLES |= {"\u5341": 10, "\u767e": 100, "\u5343": 1000, "\u4e07": 10**4, "\u4ebf": 10**8}
@@ -31,6 +31,14 @@ _MULTIPLE = re.compile(rf"([+-]?) ?({_DEC}) ?({'|'.join(_MULTIPLES)})", re.I)
 def _decimal(text: str) -> Fraction | Decimal:
     value = Decimal(text.replace(",", "").replace(" ", ""))
     return Fraction(value) if len(text) < 1000 and abs(value.adjusted()) < 1000 else value
+
+
+def equal_numbers(a: Fraction | Decimal, b: Fraction | Decimal) -> bool:
+    """`a == b` for all kinds."""
+    if isinstance(a, Decimal) and isinstance(b, Decimal):
+        return a == b
+    a, b = (Fraction(x) if isinstance(x, Decimal) and abs(x.adjusted()) < 10_000 else x for x in (a, b))
+    return a == b
 
 
 def _in_words(text: str) -> Fraction | None:
@@ -55,8 +63,7 @@ def _in_words(text: str) -> Fraction | None:
 
 def number(text: str) -> Fraction | Decimal | None:
     """Exact value of a plain number; a `Decimal` where the digits are too many to calculate with."""
-    if text[:1] in ("(", "{") and "," not in text and closing(text) == len(text) - 1:
-        text = text[1:-1].strip()
+    text = without_brackets(text)
     if len(text) < 60 and text[:1].isalpha():
         if m := re.match(r"(?:minus|negative) (?=[\da-z\\.])", text, re.I):
             value = number(text[m.end() :])
@@ -99,11 +106,13 @@ angle: ° degree deg 度 = 1 | percent: % percent percentage pct = 1; %% = 0.1 |
 celsius: °C celsius 摄氏度 = 1 | fahrenheit: °F fahrenheit = 1 | none: unit = 1 | data: bit = 1; byte = 8
 dollar: $ dollar usd US$ = 1; cent ¢ = 0.01 | euro: € euro EUR = 1 | yuan: ¥ yuan 元 RMB CNY = 1; 角 = 0.1
 sterling: £ GBP = 1; pence = 0.01 | rupee: ₹ rupee = 1 | yen: yen JPY = 1 | revolution: rev revolution = 1
-force: +N +newton = 1; 牛 牛顿 = 1 | energy: +J +joule 焦耳 = 1; cal calorie = 4.184; kcal = 4184; +eV = 1.602176634e-19
-power: +W +watt 瓦 = 1; hp = 745.69987158227022 | voltage: +V +volt 伏 伏特 = 1 | charge: +C +coulomb = 1
-pressure: +Pa +pascal 帕 = 1; atm = 101325; bar = 100000; mmHg = 133.322387415 | current: +A +amp +ampere 安 安培 = 1
-resistance: +Ω +ohm 欧 欧姆 = 1 | frequency: +Hz +hertz 赫兹 = 1 | flux: +T tesla = 1 | capacitance: +F +farad = 1
-concentration: M = 1
+voltage: +V +volt 伏 伏特 = 1 | charge: +C +coulomb = 1
+mass length /time /time: +N +newton 牛 牛顿 = 1000 | /time: +Hz +hertz 赫兹 = 1
+mass length length /time /time: +J +joule 焦耳 = 1000; cal calorie = 4184; kcal = 4184000; +Wh = 3600000
+mass length length /time /time: +eV = 1.602176634e-16 | mass length length /time /time /time: +W +watt 瓦 瓦特 = 1000
+mass /length /time /time: +Pa +pascal 帕 = 1000; atm = 101325000; bar = 100000000; mmHg = 133322.387415
+current: +A +amp +ampere 安 安培 = 1 | resistance: +Ω +ohm 欧 欧姆 = 1 | flux: +T tesla = 1
+capacitance: +F +farad = 1 | amount /length /length /length: +M = 1000
 """
 _PREFIXES = {"": "1", "k": "1000", "M": "1e6", "G": "1e9", "d": "0.1", "c": "0.01", "m": "0.001", "u": "1e-6"}
 _PREFIXES |= {"n": "1e-9", "p": "1e-12", "kilo": "1000", "deci": "0.1", "centi": "0.01", "milli": "0.001"}
@@ -198,6 +207,8 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
 
 def _compound(text: str) -> tuple[Fraction, tuple] | None:
     """Sum and unit of `1 hour 30 minutes`, `5 ft 6 in` or `22° 30'`."""
+    if len(text) > 60:
+        return None
     if m := re.fullmatch(r"(-?\d+) ?° ?(\d+)'(?: ?(\d+)'')?", text):
         return Fraction(m[1]) + Fraction(int(m[2]) * 60 + int(m[3] or 0), 3600 if m[1][0] != "-" else -3600), _unit(
             "°"
@@ -243,5 +254,5 @@ def same_number(gold: str, answer: str) -> bool | None:
     if (factor := factor_of(gold_unit, answer_unit)) is None:
         return False
     if isinstance(g, Decimal) or isinstance(a, Decimal):
-        return factor == 1 and g == a
+        return factor == 1 and equal_numbers(g, a)
     return g == a * factor or (answer_unit is None and gold_unit == _unit("%") and g == 100 * a)

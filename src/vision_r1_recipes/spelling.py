@@ -11,8 +11,7 @@ import unicodedata
 _SIGNS = dict(
     zip(
         "×·⋅∙÷√±∞≤≥⩽⩾≠≈≅∼∠△∪∩∅∈ℝ∥⊥αβγδθλμπρσφω→",
-        "times cdot cdot cdot div sqrt pm infty le ge le ge ne approx cong sim angle triangle cup cap emptyset in "
-        "mathbb{R} parallel perp alpha beta gamma delta theta lambda mu pi rho sigma phi omega to".split(),
+        ["times", "cdot", "cdot", "cdot", "div", "sqrt", "pm", "infty", "le", "ge", "le", "ge", "ne", "approx", "cong", "sim", "angle", "triangle", "cup", "cap", "emptyset", "in", "mathbb{R}", "parallel", "perp", "alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "pi", "rho", "sigma", "phi", "omega", "to"],
         strict=True,
     )
 )
@@ -22,6 +21,7 @@ _CHARS |= dict(
     zip("\u00baµ\u2126、㎡∶‰【】〔〕″′", ("°", "u", "Ω", ",", "m^2", ":", "%%", *"[][]", "''", "'"), strict=True)
 )
 _CHARS |= {c: f" {unicodedata.normalize('NFKC', c).replace(chr(0x2044), '/')}" for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+_CHARS |= {"\u2044": "/", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}
 _CHARS |= {"∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _CHARS |= dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'")
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -41,6 +41,8 @@ _LATEX = [
         r" \1 ",
     ),
     (r"\{,\}", ","),
+    (r"\\(begin|end) ?\{[bB]matrix\}", r"\\\1{pmatrix}"),
+    (r"[(\[]\s*(\\begin\{)(matrix\}.*?\\end\{)(matrix\})\s*[)\]]", r"\1p\2p\3"),
     (r"\\([%$#&])", r"\1"),
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])|\^\s*°", "\u00b0"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -62,13 +64,14 @@ _LATEX = [
     (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z])", r"\\infty "),
     (r"(?<![A-Za-z\\])(angle|triangle)(?= ?[A-Z]{1,3}\b)", r"\\\1 "),
     (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
-    (r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}"),
+    *[(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}")] * 3,
     (r"\\sqrt\s*(\[\d+\])?\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\\sqrt\1{\2}"),
     (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d)", r"\1{\2}"),
     (r"\^\s*([+-]?\d+)", r"^{\1}"),
     (r"\^\s*([A-Za-z])", r"^{\1}"),
     (r"_\s*(\w)", r"_{\1}"),
+    (r"(?<=\d) ?([AaPp])\.? ?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].upper()}M"),
 ]
 _LATEX = [(re.compile(pattern), new) for pattern, new in _LATEX]
 
@@ -77,8 +80,8 @@ _LATEX = [(re.compile(pattern), new) for pattern, new in _LATEX]
 _LEAD_IN = re.compile(
     r"(?:so|thus|therefore|hence|then)\b[,:\s]*|∴\s*|\\therefore\s*"
     r"|(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s+)?"
-    r"(?:answer|result)\s*(?:\b(?:is|are|should be)\b\s*:?|[:=])\s*"
-    r"|(?:所以|因此|故)?[,\s]*(?:最终|最后|正确)?的?(?:答案|结果)\s*(?:是|为|:)\s*:?\s*|(?:所以|因此|故)[,\s]*"
+    r"(?:answer|result|choice|selection)\s*(?:\b(?:is|are|should be)\b\s*:?|[:=])\s*"
+    r"|(?:所以|因此|故)?[,\s]*(?:最终|最后|正确)?的?(?:答案|结果)\s*(?:(?:是|为|:)\s*:?\s*|(?=选))|(?:所以|因此|故)[,\s]*"
     r"|\\approx\s*|(?:in )?(?:the year )?(?=\d{4}$)|(?:一?共有?|总共|等于|大约)(?=\d)|(?:approximately|approx\.|about|roughly|around)\s+(?=[\d$\\-])|约(?:为|是)?\s*(?=\d)|=\s*",
     re.I,
 )
@@ -87,7 +90,7 @@ _PAIRS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), 
 
 def strip_prefix(text: str) -> str:
     """`text` without the literal prefix `Final Answer:` of the released samples `[repo]`."""
-    return re.sub(r"^\s*final\s+answer\s*[:\uff1a]", "", text[:200], flags=re.I).strip() + text[200:].rstrip()
+    return re.sub(r"^\s*final\s+answer\s*[:\uff1a]", "", text.strip(), count=1, flags=re.I).strip()
 
 
 def closing(text: str) -> int:
@@ -100,13 +103,21 @@ def closing(text: str) -> int:
     return -1
 
 
+def without_brackets(text: str) -> str:
+    """`text` without brackets that only group it: `((7))`, `{x+1}`."""
+    opening = len(text) - len(text.lstrip("({ "))
+    for _ in range(min(opening, 60)):
+        if text[:1] not in ("(", "{") or text.startswith("{}") or "," in text or closing(text) != len(text) - 1:
+            break
+        text = text[1:-1].strip()
+    return text
+
+
 def _unwrap(text: str) -> str:
-    text = text.strip().removesuffix("。").rstrip()
-    if (
-        text.endswith((".", "!", ",", ";"))
-        and not re.search(r"\.\.$|\d!$|[\w)}\]]\s*!$", text)
-        or re.search(r"[A-Za-z]{3}!$", text)
-    ):
+    text = re.sub(r"\s*<\|[a-z_]{1,20}\|>$", "", text.strip()).removesuffix("。").rstrip()
+    text = re.sub(r"^(\*{1,2}|_{1,2})([^*_\n]{1,30}:)\1\s*", r"\2 ", text)
+    text = re.sub(r"^\\boxed\s+(\S+)$", r"\1", text.replace(r"\fbox", r"\boxed") if r"\fbox" in text else text)
+    if re.search(r"[^.]\.$|[^\\][,;]$|[A-Za-z]{2}!$|！$", text):
         text = text[:-1].rstrip()
     for left, right in _PAIRS:
         inside = text[len(left) : len(text) - len(right)]
@@ -168,7 +179,7 @@ OPTION = re.compile(
     re.I | re.S,
 )
 _OTHER = re.compile(
-    r"(?:\b(?:or|and|not|option|choice|answer|is|be)\b[ :]*|[,/;&(:] ?|^ ?)([A-J])(?![\w'])|\b([A-J])[.)](?= |$)"
+    r"(?:\b(?:or|and|not|option|choice|answer|is|be)\b[ :]*|[,/;&(:] ?|^ ?(?!A [a-z]{2}))([A-J])(?![\w'])|\b([A-J])[.)](?= |$)"
 )
 _LETTERS = re.compile(
     r"[(\[]?[A-J][)\].]{0,2}(?:(?: ?[,;/] ?| ?, ?and |(?: and)? )[(\[]?[A-J][)\].]{0,2})+|[A-J]{2,6}"
@@ -181,6 +192,8 @@ def letter_of(text: str) -> str | None:
     if not match:
         return None
     letter, rest = match["letter"].upper(), match["rest"]
+    if match["letter"] == "i" and not rest:
+        return None
     if match["letter"].islower() and (match["sep"] not in (")", ").", "]", ".", "") or (rest and not match["sep"])):
         return None
     if re.search(r"\b(?:wrong|incorrect)\b|\b(?:is|are) not\b|n't\b", rest) and not match["sep"]:

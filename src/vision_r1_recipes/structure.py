@@ -18,7 +18,7 @@ LABEL = re.compile(
 )
 # What an answer may leave out before `=`: a name, a ratio or tuple of names, but no sum or power to be solved.
 _NAMES = re.compile(
-    rf"(?:{LABEL.pattern}|\\frac|[/:]|[A-Za-z] ?\( ?[A-Za-z] ?\)|\((?: ?[A-Za-z]\w? ?,)+ ?[A-Za-z]\w? ?\))++"
+    rf"(?:{LABEL.pattern}|\\frac|[/:|]|[A-Za-z] ?\( ?[A-Za-z] ?\)|\((?: ?[A-Za-z]\w? ?,)+ ?[A-Za-z]\w? ?\))++"
 )
 
 # -------- taking apart
@@ -54,6 +54,8 @@ def items_of(text: str) -> tuple[str, list[str]]:
         if len(items) > 1 or body[0] == "{":
             return body[0] + body[-1], _signed(items)
     thousands = r",(?!(?<=\d,)\d{3}(?!\d))"
+    if re.search(rf"{thousands}(?! )", text):  # 1,3,59,177
+        thousands = ","
     word = r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
     return "", _signed(split(text, rf"{thousands}(?: ?{word})?|;|{word}"))
 
@@ -92,7 +94,7 @@ def _interval(text: str) -> list[Condition] | None:
     infinite = [re.fullmatch(r"[+-]? ?\\infty ?", end) is not None for end in ends]
     if left + right in ("()", "[]") and not any(infinite):
         return None  # (1, 2) may be a point and [1, 2] a list
-    if infinite[0] and (ends[0][0] != "-" or left == "[") or infinite[1] and (ends[1][0] == "-" or right == "]"):
+    if (infinite[0] and (ends[0][0] != "-" or left == "[")) or (infinite[1] and (ends[1][0] == "-" or right == "]")):
         return None
     conditions = [] if infinite[0] else [(ends[0], "<=" if left == "[" else "<", "")]
     conditions += [] if infinite[1] else [("", "<=" if right == "]" else "<", ends[1])]
@@ -168,6 +170,8 @@ class Comparison(ABC):
         return all(self.same_value(gold, part) for part in a_parts)
 
     def _same_list(self, g_marks: str, g_items: list[str], a_marks: str, a_items: list[str]) -> bool:
+        if a_marks == "" and len(a_items) == 1 and re.fullmatch(r"\d{1,3}(?:,\d{3})+", a_items[0]):
+            a_items = a_items[0].split(",")  # 40,150 beside two numbers
         if len(g_items) != len(a_items):
             return False
         if g_marks != a_marks and {g_marks, a_marks} not in ({"", "{}"}, {"", "()"}):
