@@ -1,297 +1,34 @@
-# ruff: noqa: RUF001, RUF005
-"""The rewards: format, answers (ordinary and hostile), TRL's call forms, and the life of the worker process."""
+# ruff: noqa: RUF001
+"""The rewards: golden cases, properties, hostile answers, TRL's call forms, and the life of the worker processes."""
 
+import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
-from vision_r1_recipes import grading
+from vision_r1_recipes import golds, workers
+from vision_r1_recipes.grading import POOL, grade_all
 from vision_r1_recipes.rewards import accuracy_reward, check_gold, format_reward, grade, hfrrf, parse_format
 
 
-# (gold, answers that are right, answers that are wrong); the comment is the reason
-ANSWERS = [
-    # option letters: bare, dressed, with the option's text, in a sentence
-    (
-        "B",
-        [
-            "B",
-            "B.",
-            "(B)",
-            "(B) 65",
-            "B) text",
-            "B. 65",
-            "B: 2π",
-            "b",
-            "[B]",
-            "B.\nAnswer:B",
-            r"\text{B}",
-            r"\boxed{B}",
-        ]
-        + ["option B", "Option B.", "The answer is B", "The answer is (B).", "**B**", "**B. 65**", "$B$", "B 65", "Ｂ"]
-        + [
-            "B is correct",
-            "The correct option is B",
-            "Final Answer: B",
-            r"$\text{(B)}$",
-            "`B`",
-            "B. Point A",
-            "It is B",
-            "B (65)",
-            "答案：B",
-        ],
-        [
-            "A",
-            "A. B",
-            "B or C",
-            "A B C D",
-            "BC",
-            "B, C",
-            "B/C",
-            "not B",
-            "B and D",
-            "65",
-            "",
-            "B is wrong",
-            "B is not it",
-        ]
-        + ["(B) or (C)", "B) 65 C) 70", "ABCD", "The answer is not B", "Option A, not B", "A rectangle", "Both", "8"]
-        + ["B.\nAnswer:C", "beta", "B'", "the answer isn't B", r"\boxed{A} \boxed{B}", "neither", "C. B", "B? or A"]
-        + ["B, but maybe A", "B is false", "B = 5", "Bob"],
-    ),
-    ("(100,200)", ["(100, 200)"], ["100200", "(200,100)"]),  # no thousands comma
-    ("B. 65", ["B", "B. 65", "(B)", "b) 65"], ["C. 65", "C", "65 or 66"]),  # the letter decides
-    ("B.\nAnswer:B", ["B", "Option B"], ["C", "A.\nAnswer:B"]),
-    ("option B.", ["B", "B."], ["A"]),
-    ("A", ["A. a cat", "A"], ["a cat", "An apple", "a"[:0], "all", "A, B, C and D"]),
-    # integers: no rounding, no substring
-    (
-        "7",
-        [
-            "7",
-            "7.",
-            "7.0",
-            " 7 ",
-            "+7",
-            "07",
-            "$7$",
-            r"\boxed{7}",
-            "**7**",
-            "x = 7",
-            "x=7",
-            "７",
-            r"\(7\)",
-            "(7)",
-            "7 dots",
-        ]
-        + [
-            "The answer is 7.",
-            "There are 7 red dots.",
-            "It is 7",
-            "14/2",
-            "n = 7",
-            "3+4",
-            "7 in total",
-            "C. 7",
-            "3 + 4 = 7",
-        ],
-        [
-            "77",
-            "-7",
-            "7.01",
-            "17",
-            "7/2",
-            "3 or 7",
-            "7 or 8",
-            "7, 8",
-            "6 or 7 dots",
-            "not 7",
-            "≠7",
-            "x ≠ 7",
-            "> 7",
-            "x > 7",
-        ]
-        + [
-            "≤7",
-            "7!",
-            "7x",
-            "y = 2x+7",
-            "7 million",
-            "7^2",
-            "seven hundred",
-            "6",
-            "",
-            "7 7",
-            "C",
-            r"\boxed{6} \boxed{7}",
-        ]
-        + [
-            "The answer is not 7",
-            "It is never 7",
-            "6-7",
-            "7?8",
-            "7:1",
-            "7 hundred",
-            "x + y = 7",
-            "2x = 7",
-            "(7, 7)",
-            "±7",
-            "7_2",
-            "7'",
-            r"7\%\%",
-            r"\phantom{7}",
-            r"7_{0}",
-            r"7 \lor 8",
-            r"7 \implies 8",
-            "7 nope",
-            "7 dots or 8 dots",
-        ],
-    ),
-    (
-        "1000000",
-        ["1,000,000", "1000000", "10^6", r"10^{6}", "1 000 000", "1e6", r"1{,}000{,}000"],
-        ["1000001", "100000"],
-    ),
-    ("1000000000000000000001", ["1000000000000000000001"], ["1000000000000000000000", "1e21"]),  # floats lose this
-    ("1e400", ["10^{400}", "1" + "0" * 400], ["1e500", "inf", r"\infty"]),  # both would be inf as floats
-    ("-3", ["-3", "−3", "–3", "- 3", "x = -3", "$-3$"], ["3", "±3", "--3"]),
-    ("0", ["0", "0.0", "-0", "x = 0"], ["O", "", "1 = 0", "y + 1 = 0", "{}", "1"]),
-    # decimals are exact
-    ("3.14", ["3.14", "3.140", "314/100", "$3.14$"], ["3.15", "3.1415", r"\pi", "22/7", "3,14159"]),
-    ("0.5", [".5", "1/2", r"\frac{1}{2}", "½", "0.50"], ["50%", "5", "0.05", "1/3"]),
-    (
-        r"\frac{8}{11}",
-        ["8/11", r"\dfrac{8}{11}", r"$\frac{8}{11}$", "16/22", "8 / 11", "B. 8/11"],
-        ["0.7272727", "11/8", "8"],
-    ),
-    ("1/3", [r"\frac13", "2/6", r"\frac{1}{3}"], ["0.333333", "0.33", "1/30"]),  # a rounded third is another number
-    ("2.5", [r"2\frac{1}{2}", "2 1/2", "5/2", "2½"], ["2 1", "25", "21/2"]),
-    ("-1/2", [r"-\frac{1}{2}", r"\frac{-1}{2}", "-0.5"], [r"\frac{1}{2}", "1/-3"]),
-    ("3.2e-5", [r"3.2 \times 10^{-5}", "3.2×10⁻⁵", "0.000032"], ["3.2e5", "3.2"]),
-    # percent: SEMANTICS 28
-    ("50%", ["50", "50 %", r"50\%", "50 percent", "0.5", "1/2"], ["5%", "0.05", "0.5%", "5"]),
-    ("50", ["50%", "50 percent"], ["0.5", "5000%"]),
-    # units: missing on one side is right, of one quantity is converted, of another is wrong
-    (
-        "12 cm",
-        [
-            "12",
-            "12cm",
-            "12 cm.",
-            r"12\text{ cm}",
-            r"12 \mathrm{~cm}",
-            "0.12 m",
-            "120 mm",
-            "12 centimeters",
-            "x = 12 cm",
-            "24/2 cm",
-        ]
-        + ["The perimeter is 12 cm.", "AB = 12 cm"],
-        ["12 kg", "12 m", "12 cm^2", "12 cm²", "13 cm", "1.2 cm", "12 s", "12°", "12%", "12 apples", "12 cm or 13 cm"],
-    ),
-    ("0.5 m", ["50 cm", "0.5", "500 mm", "0.5 meters"], ["50 m", "5 cm", "50"]),
-    (
-        r"64 \text{ ft}^2",
-        ["64", "64 ft^2", "64 ft²", "64 square feet", "64 sq ft", r"64 \mathrm{ft}^{2}"],
-        ["64 ft", "64 ft^3", "64 m^2"],
-    ),
-    ("60 km/h", ["60", "60 km/h", "60 kilometers per hour", "1 km/min"], ["60 km", "60 m/s"]),
-    (
-        "90",
-        ["90°", r"90^\circ", r"90^{\circ}", "90 degrees", r"\angle A = 90^\circ", "∠ABC = 90°", "∠1 = 90°"],
-        ["9", "90.5°"],
-    ),
-    ("45°", ["45", "45 degrees", r"45^{\circ}"], ["45 cm", "54°"]),
-    ("$5", ["5", "$5", r"\$5", "5 dollars", "$5.00", "500 cents"], ["$50", "5 euros"]),
-    ("5 people", ["5", "5 people"], ["5 kg", "6 people", "5 dogs"]),
-    (
-        "12",
-        ["12 square units", "12 units", r"12 \text{ cm}", "12 apples"],
-        ["12 dozen", "12 or more", "12 squared", "about 12 or 13"],
-    ),
-    # roots, pi and expressions go to math-verify; no rounding there either
-    (
-        r"2 \sqrt { 221 }",
-        [
-            r"2\sqrt{221}",
-            "2√221",
-            r"$2\sqrt{221}$",
-            "2√(221)",
-            "2*sqrt(221)",
-            r"\sqrt{884}",
-            r"x = 2\sqrt{221}",
-            r"2\sqrt{221} cm",
-        ],
-        ["221", "2", "29.73", "29.732137494637", r"\sqrt{221}", "442", r"2\sqrt{22}1", r"-2\sqrt{221}"],
-    ),
-    (
-        r"2\pi",
-        ["2π", "2 pi", r"2 \pi", r"\pi + \pi", r"2\pi cm", r"\frac{4\pi}{2}"],
-        ["6.28", "6.283185307179586", r"\pi^2", "2"],
-    ),
-    (r"20\sqrt{2} mm", [r"2\sqrt{2} cm", r"20\sqrt2"], [r"2\sqrt{2}", r"20\sqrt{2} cm"]),
-    (
-        "2x+3",
-        ["2x + 3", "3+2x", "y = 2x+3", r"$2x+3$", "2(x+1)+1", "2*x+3"],
-        ["2x-3", "3", "2y+3", "5x", "2x+3 or 3", "x = 3"],
-    ),
-    ("(x+1)^2", ["x^2+2x+1", "(1+x)²"], ["x^2+1", "x^2"]),
-    ("x^{10}", ["x^10", "x**10"], ["x^1", "10x", "x"]),
-    (
-        r"\frac{\sqrt{3}}{2}",
-        ["√3/2", r"\sqrt{3}/2", r"\dfrac{\sqrt3}{2}", r"\sqrt{\frac{3}{4}}"],
-        ["0.8660254", r"\frac{\sqrt{2}}{2}"],
-    ),
-    # equations and inequalities
-    ("x = 5", ["5", "x = 5", "x=5", "$x=5$", "5.0"], ["y = 5", "x = 6", "x > 5", "x ≠ 5", "x + 5"]),
-    ("x = 0", ["x=0", "0"], ["y = 0", "x + 1 = 0", "x^2+1=0", "0=0"]),
-    ("x^2+y^2=1", ["y^2+x^2=1", "x^2+y^2-1=0", "x² + y² = 1"], ["x^2+y^2=2", "1", "0=0", "x^2-y^2=1", "x+y=1"]),
-    ("y = 2x+3", ["2x+3", "y=3+2x", "2x - y + 3 = 0"], ["y=2x", "3", "x=2y+3", "y > 2x+3"]),
-    ("x > 5", ["x>5", "5 < x", r"x \gt 5"], ["x ≥ 5", "x < 5", "5", "x = 5", "x > 6", "y > 5"]),
-    (r"x \leq -2", ["x ≤ -2", "x<=-2", r"x \leqslant -2"], ["x < -2", "x ≥ -2", "-2"]),
-    # several values: count, order, brackets
-    (
-        "3, 4",
-        ["3,4", "4, 3", "3 and 4", "3 or 4", r"\{3, 4\}", "{4,3}", r"3 \text{ and } 4"],
-        ["3", "4", "3, 4, 5", "3, 5", "7", "34", "3 4"],
-    ),
-    (
-        "(3, 4)",
-        ["(3,4)", r"\left(3, 4\right)", "( 3 , 4 )", "(3.0, 8/2)"],
-        ["(4, 3)", "34", "[3, 4]", "(3, 4]", "3", "(3, 4, 5)"],
-    ),
-    ("(1,2), (3,4)", ["(3,4),(1,2)", "(1, 2) and (3, 4)"], ["(2,1), (3,4)", "(1,2)"]),
-    ("[0, 1)", ["[0,1)", r"\left[0,1\right)"], ["(0,1)", "[0,1]", "0,1"]),
-    (r"(-\infty, 5]", ["(-∞, 5]"], ["(-∞, 5)", r"(\infty, 5]", "5"]),
-    (r"\pm 3", ["±3", "3, -3", "-3 or 3", "x = ±3"], ["3", "-3", "9"]),
-    ("x=1, y=2", ["y=2, x=1", "x = 1 and y = 2"], ["x=2, y=1", "1", "2, 1"]),
-    # words: case, stop and spaces don't matter, every word does
-    (
-        "Yes",
-        ["yes", "Yes.", "YES", "Yes, it is parallel.", "Yes it is", "**Yes**", "The answer is yes"],
-        ["No", "yes or no", "Yes and no", "No, yes", "maybe"],
-    ),
-    ("No", ["no", "No.", "No, they are not."], ["Yes", "None", "Not yes"]),
-    (
-        "the red circle",
-        ["The red circle.", "the  red circle", "The answer is the red circle"],
-        ["the blue circle", "red", "circle", "red the circle"],
-    ),
-    ("isosceles triangle", ["Isosceles triangle"], ["triangle", "equilateral triangle"]),
-    ("dog", ["Dog"], ["god", "d*o*g"]),  # not a product of symbols
-    ("3:45", ["3:45", "3 : 45", "The time is 3:45."], ["3:54", "3", "1/15", "0.0666"]),
-    (r"\triangle ABC \cong \triangle DEF", [r"\triangle ABC\cong\triangle DEF"], [r"\triangle ABC"]),
-    ("三角形", ["三角形", "三角形。"], ["正方形"]),
-    ("12厘米", ["12", "12 cm", "１２厘米"], ["12千克", "13厘米"]),
+GOLDEN = yaml.safe_load(pathlib.Path(__file__).with_name("golden").joinpath("answers.yaml").read_text())
+CASES = [
+    (entry["gold"], answer, key == "right")
+    for entry in GOLDEN
+    for key in ("right", "wrong")
+    for answer in entry.get(key, [])
 ]
-TABLE = [(g, a, True) for g, right, _ in ANSWERS for a in right] + [
-    (g, a, False) for g, _, wrong in ANSWERS for a in wrong
-]
+HARD = [(r"2\sqrt{3}", rf"\sqrt{{12 \cdot {n}^2}} / {n}") for n in range(2, 40)]  # only sympy can tell
 
 TOWER = "9^{9^{9^{9}}}"
 HOSTILE = {
@@ -349,33 +86,61 @@ HOSTILE = {
     "unbalanced": r"\frac{7}{",
 }
 
-ENDS_THE_WORKER = ("tower through a fraction", "binomial", "matrix power", "big polynomial")
+
+# What no look at the text gives away: the worker's clock ends it.
+BOMBS = [
+    r"\binom{99999999}{44444444}",
+    "e^{e^{e^{e^{e}}}}",
+    "(10^{9})!",
+    r"9^{\frac{9^{99}}{1}}",
+]
 
 
-@pytest.mark.parametrize(("gold", "answer", "right"), TABLE, ids=lambda value: repr(value)[:40])
-def test_grade(gold, answer, right):
-    assert grade(gold, answer) is right
+@pytest.fixture
+def impatient(monkeypatch):
+    """A short clock for the workers, who all start anew."""
+    monkeypatch.setattr(workers, "CPU_SECONDS", 0.2)
+    POOL.stop()
+    yield
+    POOL.stop()
+
+
+@pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: f"{entry['kind']}-{entry['gold'][:20]!r}")
+def test_golden(entry):
+    for answer in entry.get("right", ()):
+        assert grade(entry["gold"], answer) is True, (entry["reason"], answer)
+    for answer in entry.get("wrong", ()):
+        assert grade(entry["gold"], answer) is False, (entry["reason"], answer)
+
+
+def test_the_golden_file_is_what_it_says():
+    assert len(CASES) >= 500
+    assert len(set(CASES)) == len({case[:2] for case in CASES}) == len(CASES)
+    assert all(entry["kind"] and entry["reason"] for entry in GOLDEN)
+
+
+# -------- hostile answers
 
 
 @pytest.mark.parametrize("gold", ["7", "B", "Yes", "x+1", "(1, 2)", "x > 5", "a red dot"])
-def test_hostile_answers_are_wrong_and_bounded(gold, monkeypatch):
-    monkeypatch.setattr(grading, "CPU_SECONDS", 0.2)
-    grading._worker.stop()
+def test_hostile_answers_are_wrong(gold, impatient):
     for kind, answer in HOSTILE.items():
-        if gold == "7" and kind in ENDS_THE_WORKER:
-            continue  # seen with x+1
-        start = time.perf_counter()
         assert grade(gold, answer) is False, kind
-        assert time.perf_counter() - start < grading.WALL_SECONDS, kind
     assert grade(r"2\sqrt{3}", r"\sqrt{12}"), "the worker still works"
-    grading._worker.stop()
     assert not os.path.exists("/tmp/hfrrf_was_here")
+
+
+def test_the_clock_ends_what_hangs(impatient):
+    logged = {}
+    texts = [f"<think>a</think><answer>{bomb}</answer>" for bomb in (*BOMBS, *BOMBS, "1+x")]
+    assert hfrrf(texts, ["x+1"] * len(texts), log_metric=logged.__setitem__) == [0.0] * 8 + [1.0]
+    assert logged["grader_timeouts"] == 8, "a time-out is wrong, counted, and costs its own item only"
 
 
 @pytest.mark.parametrize(
     "text",
-    [TOWER, "7" * 1_000_000, "7" * 5000, HOSTILE["big matrix"], "99999999!", "\ud800 a", "(" * 5_000 + "a"],
-    ids=lambda t: t[:12],
+    [TOWER, "7" * 1_000_000, "7" * 5000, HOSTILE["big matrix"], "99999999!", "\ud800 a", "(" * 5_000 + "a", *BOMBS],
+    ids=lambda text: text[:12],
 )
 def test_equal_text_passes_before_any_parsing(text):
     assert grade(text, text)
@@ -384,7 +149,137 @@ def test_equal_text_passes_before_any_parsing(text):
 
 def test_digits_beyond_the_limit_of_int():
     assert grade("7" * 5000, "7" * 5000 + ".0")
+    assert grade("7" * 20_000, f"{'7' * 2},{','.join(['777'] * 6666)}")
+    assert not grade("7" * 20_000, "7" * 19_999 + "8")
     assert not grade("7" * 5000, "7" * 4999 + "8")
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(["7", "B", "Yes", "x+1", "(1, 2)", "x > 5", "a red dot", "12 cm"]), st.text(max_size=60))
+def test_no_answer_raises(gold, answer):
+    assert grade(gold, answer) in (True, False)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(
+        st.sampled_from([*"0127xyB ().,:;=<>+-*/^_{}[]|!%$°√π−\\", r"\frac", r"\sqrt", "or", "cm"]), max_size=12
+    ).map("".join)
+)
+def test_a_gold_is_refused_or_equals_itself(gold):
+    if check_gold(gold) is None:
+        assert grade(gold, gold)
+
+
+# -------- properties
+
+NUMBERS = st.one_of(
+    st.integers(-(10**7), 10**7).map(Fraction),
+    st.builds(Fraction, st.integers(-999, 999), st.integers(2, 60)),
+    st.builds(lambda n, k: Fraction(n, 10**k), st.integers(-(10**6), 10**6), st.integers(1, 4)),
+)
+WRAPPERS = [
+    "{}",
+    " {} ",
+    "{}.",
+    "${}$",
+    r"\boxed{{{}}}",
+    r"$\boxed{{{}}}$",
+    "**{}**",
+    r"\( {} \)",
+    "Final Answer:{}",
+    "The answer is {}",
+    "x = {}",
+    "({})",
+    "`{}`",
+    "答案：{}",
+]
+
+
+@st.composite
+def styled(draw, values=NUMBERS):
+    """`(value, text)`: a number in one of the ways to write it."""
+    value = draw(values)
+    sign, size = "-" if value < 0 else "", abs(value)
+    forms = [f"{value.numerator}/{value.denominator}", rf"{sign}\frac{{{size.numerator}}}{{{size.denominator}}}"]
+    forms.append(rf"\dfrac{{{3 * value.numerator}}}{{{3 * value.denominator}}}")
+    if value.denominator == 1:
+        forms += [str(value), f"{int(value):,}", f"{value}.0", str(value).replace("-", "−")]
+        forms.append(str(value).translate(str.maketrans("0123456789", "０１２３４５６７８９")))
+    elif size > 1:
+        whole, rest = divmod(size, 1)
+        forms.append(f"{sign}{whole} {rest.numerator}/{rest.denominator}")
+    if 10**6 % value.denominator == 0:
+        forms.append(
+            f"{sign}{size.numerator * 10**6 // size.denominator // 10**6}."
+            f"{size.numerator * 10**6 // size.denominator % 10**6:06d}"
+        )
+    return value, draw(st.sampled_from(forms))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.lists(st.sampled_from(WRAPPERS), max_size=3, unique=True))
+def test_equal_numbers_stay_right_in_any_style(data, wrappers):
+    value, gold = data.draw(styled())
+    _, answer = data.draw(styled(st.just(value)))
+    for wrapper in sorted(wrappers, key=WRAPPERS.index):
+        answer = wrapper.format(answer)
+    assert grade(gold, answer), (gold, answer)
+
+
+@settings(deadline=None, max_examples=300)
+@given(styled(), styled())
+def test_other_numbers_stay_wrong(one, other):
+    assume(one[0] != other[0])
+    gold, answer = one[1], other[1]
+    assert not grade(gold, answer)
+    for hedge in (
+        "{0} or {1}",
+        "{1}, {0}",
+        r"\boxed{{{0}}} \boxed{{{1}}}",
+        "{0} and {1}",
+        "({0}, {1})",
+        "not {0}",
+        "{1} = {0}",
+    ):
+        assert not grade(gold, hedge.format(gold, answer)), hedge
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 12),
+    st.integers(2, 40),
+    st.integers(1, 9),
+    st.sampled_from(["{}", "${}$", "x = {}", r"\boxed{{{}}}"]),
+)
+def test_roots_and_polynomials(a, b, c, wrapper):
+    for gold, right, wrong in [
+        (rf"{a} \sqrt {{ {b} }}", rf"\sqrt{{{a * a * b}}}", rf"\sqrt{{{a * a * b + c}}}"),
+        (rf"{a}\pi", f"π·{a}", rf"{a + c}\pi"),
+        (
+            f"(x+{a})(x-{b})",
+            f"x^2+{a - b}x-{a * b}".replace("+-", "-"),
+            f"x^2+{a - b + c}x-{a * b}".replace("+-", "-"),
+        ),
+        (f"({a}, {b})", rf"\left({a}, \frac{{{b * c}}}{{{c}}}\right)", f"({a}, {b + c})"),
+        (f"{a} cm", f"{a * 10} mm", f"{a * 10 + c} mm"),
+    ]:
+        assert grade(gold, wrapper.format(right)), (gold, right)
+        assert not grade(gold, wrapper.format(wrong)), (gold, wrong)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(st.permutations(range(0, len(CASES), 12)))
+def test_the_order_of_a_batch_does_not_matter(order):
+    texts, solutions = (
+        [f"<think>a</think><answer>{CASES[i][1]}</answer>" for i in order],
+        [CASES[i][0] for i in order],
+    )
+    expected = [float(CASES[i][2] and bool(CASES[i][1].strip())) for i in order]
+    assert hfrrf(texts, solutions) == expected
+
+
+# -------- golds
 
 
 @pytest.mark.parametrize("gold", ["", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", None, 7])
@@ -397,12 +292,59 @@ def test_a_gold_that_cannot_be_graded(gold):
 
 
 @pytest.mark.parametrize(
-    "gold", [row[0] for row in ANSWERS] + [TOWER, "7" * 20_000, "O'Brien", "10:15", "A, C", "5' 6\""]
+    "gold",
+    [entry["gold"] for entry in GOLDEN]
+    + [TOWER, "7" * 20_000, "O'Brien", "10:15", "5' 6\"", r"\begin{cases} a+b=1 \\ a-b=2 \end{cases}"],
 )
 def test_a_gold_that_can_be_graded(gold):
     assert check_gold(gold) is None
     assert grade(gold, gold)
 
+
+def test_the_golds_of_a_dataset(tmp_path, capsys):
+    file = tmp_path / "rl.jsonl"
+    lines = [
+        '"7"',
+        '"7"',
+        r'"2 \\sqrt { 3 }"',
+        '"B"',
+        '"A, C"',
+        '"12 cm"',
+        '"see figure"',
+        '"0,5"',
+        r'"\\frac{1}{"',
+        "null",
+    ]
+    file.write_text("".join(f'{{"answer": {line}}}\n' for line in lines))
+    assert golds.main(["check", str(file)]) == 1
+    said = capsys.readouterr().out
+    assert "10 golds, 9 different" in said
+    for line in (
+        r"2  number                   '7'",
+        r"1  expression               '2 \\sqrt { 3 }'",
+        "1  option letter            'B'",
+        "can't be graded: 2",
+        r"1  unbalanced braces, for example row 8 '\\frac{1}{'",
+        "1  empty, for example row 9 None",
+        "1  several option letters: all of them are asked for, for example row 4 'A, C'",
+        "1  a comma that may be decimal, for example row 7 '0,5'",
+        "1  no answer, for example row 6 'see figure'",
+    ):
+        assert line in said, said
+    file.write_text('{"answer": "7"}\n')
+    assert golds.main(["check", str(file)]) == 0
+    file.write_text('{"text": "7"}\n')
+    with pytest.raises(SystemExit):
+        golds.main(["check", str(file)])
+    assert "no column solution, answer or conversations" in capsys.readouterr().err
+
+
+def test_the_golds_of_a_cold_start(toy, capsys):
+    assert golds.main(["check", str(toy / "cold/vision_r1_llava_cot_full.json")]) == 0
+    assert "can't be graded: 0" in capsys.readouterr().out
+
+
+# -------- format
 
 FORMATS = [
     ("<think>a</think><answer>7</answer>", "7"),
@@ -454,6 +396,24 @@ def test_parse_format(text, answer):
     assert parse_format(text) == answer
 
 
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "a", " ", "7", "\n", "<|im_end|>"]),
+        max_size=12,
+    )
+)
+def test_only_one_order_of_tags_is_right(parts):
+    text = "".join(parts)
+    if parse_format(text) is not None:
+        assert [part for part in parts if part[0] == "<" and "|" not in part] == [*parse_tags()]
+        assert text.strip().startswith("<think>")
+
+
+def parse_tags():
+    return "<think>", "</think>", "<answer>", "</answer>"
+
+
 def test_a_megabyte_of_thinking_is_no_problem():
     assert hfrrf([f"<think>{'wait, ' * 200_000}</think><answer>7</answer>"], ["7"]) == [1.0]
 
@@ -484,18 +444,23 @@ def test_hfrrf_takes_trls_forms_and_reports():
         hfrrf(texts, ["7"])
 
 
-def test_the_order_of_a_batch_does_not_matter():
-    rows = TABLE[:: max(1, len(TABLE) // 40)]
-    texts, golds = [f"<think>a</think><answer>{a}</answer>" for _, a, _ in rows], [g for g, _, _ in rows]
-    assert hfrrf(texts, golds) == hfrrf(texts[::-1], golds[::-1])[::-1]
+def test_thinking_that_the_generation_prompt_has_opened():
+    prefilled, whole = "a</think><answer>7</answer>", GOOD
+    assert hfrrf([prefilled, whole], ["7"] * 2, generation_prefix=["<think>"] * 2) == [1.0, 0.0]
+    assert hfrrf([prefilled, whole], ["7"] * 2, generation_prefix=[""] * 2) == [0.0, 1.0]
+    assert format_reward([prefilled, whole]) == [0.0, 1.0]
+
+
+# -------- worker processes
 
 
 def test_the_same_verdicts_from_other_threads():
-    rows, wrong = TABLE[::3], []
+    rows, wrong = CASES[::3], []
 
     def work(part):
         wrong.extend(row for row in rows[part::4] if grade(row[0], row[1]) is not row[2])
-        wrong.extend(k for k in ("power tower", "integral") if grade("x+1", HOSTILE[k]))
+        answers = [answer for _, answer in HARD[part::4]]
+        wrong.extend(v for v in grade_all([HARD[0][0]] * len(answers), answers) if v is not True)
 
     threads = [threading.Thread(target=work, args=(part,)) for part in range(4)]
     for thread in threads:
@@ -505,87 +470,184 @@ def test_the_same_verdicts_from_other_threads():
     assert not wrong
 
 
+def fresh():
+    """The pool's one busy worker, started, and a question that no cache knows."""
+    POOL.stop()
+    assert grade(*next(unused))
+    (worker,) = [worker for worker in POOL.workers if worker.process and worker.process.poll() is None]
+    return worker
+
+
+unused = iter((r"2\sqrt{5}", rf"\sqrt{{20 \cdot {n}^2}} / {n}") for n in range(2, 1000))
+
+
 def test_a_dead_worker_is_replaced():
-    assert grade(r"2\sqrt{3}", r"\sqrt{12}")
-    first = grading._worker.process
-    first.kill()
+    worker = fresh()
+    first = worker.process
+    os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert grade(r"2\sqrt{5}", r"\sqrt{20}"), "killed between two items: no item is lost"
-    assert grading._worker.process.pid != first.pid
+    assert grade(*next(unused)), "killed between two items: no item is lost"
+    assert worker.process.pid != first.pid
 
 
 def test_a_worker_killed_in_the_middle_costs_its_item_only(monkeypatch):
-    assert grade(r"2\sqrt{3}", r"\sqrt{12}")
-    pid = grading._worker.process.pid
-    read = grading._worker._read
+    worker = fresh()
+    read, first = workers.Worker._read, worker.process
 
-    def killed(seconds):
-        grading._worker.process.kill()
-        grading._worker.process.wait()
-        monkeypatch.setattr(grading._worker, "_read", read)
-        return read(seconds)
+    def killed(self, seconds):
+        monkeypatch.setattr(workers.Worker, "_read", read)
+        self.stop()
+        return read(self, seconds)
 
-    check_gold(r"2\sqrt{7}")
-    monkeypatch.setattr(grading._worker, "_read", killed)
-    assert not grade(r"2\sqrt{7}", r"\sqrt{2 \cdot 14}"), "the item scores 0 and raises nothing"
-    assert grade(r"2\sqrt{7}", r"\sqrt{28}")
-    assert grading._worker.process.pid != pid
+    monkeypatch.setattr(workers.Worker, "_read", killed)
+    assert not grade(*next(unused)), "the item scores 0 and raises nothing"
+    assert grade(*next(unused))
+    assert worker.process.pid != first.pid
 
 
 def test_a_late_reply_is_not_the_next_items(monkeypatch):
-    assert grade(r"2\sqrt{3}", r"\sqrt{12}")
+    fresh()
 
-    def interrupted(seconds):
+    def interrupted(self, seconds):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grading._worker, "_read", interrupted)
-        grade(r"2\sqrt{3}", r"\sqrt{13-1}")
+        patch.setattr(workers.Worker, "_read", interrupted)
+        grade(*next(unused))
     assert not grade(r"2\sqrt{3}", r"\sqrt{13}")
+    assert grade(*next(unused))
 
 
 def test_the_wall_clock_is_the_last_resort(monkeypatch):
-    assert grade(r"2\sqrt{3}", r"\sqrt{12}")
-    monkeypatch.setattr(grading, "WALL_SECONDS", 0.2)
-    os.kill(grading._worker.process.pid, 19)  # SIGSTOP: uses no CPU time and never answers
-    assert not grade(r"2\sqrt{3}", r"\sqrt{6+6}")
+    worker = fresh()
+    monkeypatch.setattr(workers, "WALL_SECONDS", 0.2)
+    os.killpg(worker.process.pid, signal.SIGSTOP)  # uses no CPU time and never answers
+    assert not grade(*next(unused))
     monkeypatch.undo()
-    assert grade(r"2\sqrt{3}", r"\sqrt{6+6}")
+    assert grade(*next(unused))
+
+
+def test_the_clock_costs_no_import(impatient):
+    worker = fresh()
+    keeper = worker.process.pid
+    assert grade_all(["x+1"], [BOMBS[0]]) == [None]
+    assert grade(*next(unused))
+    assert worker.process.pid == keeper, "its child alone was ended"
 
 
 SCRIPT = """
-import multiprocessing, sys, threading
+import multiprocessing, os, sys, threading, time
 from vision_r1_recipes import grading
 assert not {"torch", "trl", "transformers", "sympy", "math_verify"} & set(sys.modules), "imports stay light"
-print("main runs")
-def one(queue=None):
-    verdict = grading.grade(r"2\\\\sqrt{3}", r"\\\\sqrt{12}")
-    print(grading._worker.process.pid, verdict, flush=True)
-one()
-thread = threading.Thread(target=one); thread.start(); thread.join()
-child = multiprocessing.get_context("fork").Process(target=one); child.start(); child.join()
-if sys.argv[1] == "raise":
-    raise KeyboardInterrupt
+def one(gold=r"2\\sqrt{3}"):
+    verdict = grading.grade(gold, r"\\sqrt{12}")
+    pids = [worker.process.pid for worker in grading.POOL.workers if worker.process]
+    print(*pids, verdict, flush=True)
+if __name__ == "__main__":
+    print("main runs")
+    one()
+    thread = threading.Thread(target=one); thread.start(); thread.join()
+    for method in ("fork", "spawn"):
+        child = multiprocessing.get_context(method).Process(target=one, args=(r"\\sqrt{2^2 \\cdot 3}",))
+        child.start(); child.join()
+    if sys.argv[1] == "raise":
+        raise KeyboardInterrupt
+    if sys.argv[1] == "wait":
+        print("waits", flush=True)
+        grading.grade_all(["x+1"] * 9, [rf"\\binom{{99999999}}{{4444444{i}}}" for i in range(9)])
 """
 
 
-@pytest.mark.parametrize("end", ["exit", "raise"])
-def test_no_worker_is_left_behind(tmp_path, end):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.replace("\\\\\\\\", "\\\\").replace("\\\\", "\\"))
-    result = subprocess.run(
-        [sys.executable, str(script), end], capture_output=True, text=True, timeout=60, check=False
-    )
-    lines = result.stdout.split("\n")
-    assert lines.count("main runs") == 1, "no worker runs the user's script again"
-    pids, verdicts = zip(*(line.split() for line in lines[1:] if line), strict=True)
-    assert verdicts == ("True",) * 3, result.stderr
-    assert pids[0] == pids[1] != pids[2], "a thread shares the worker, a forked child has its own"
-    deadline = time.monotonic() + 20
-    while alive := [
+def alive(pids):
+    return [
         pid
         for pid in pids
-        if os.path.exists(f"/proc/{pid}") and "grading.py" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()
-    ]:
-        assert time.monotonic() < deadline, alive
+        if os.path.exists(f"/proc/{pid}") and "serve" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+
+
+def children(pid):
+    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize("end", ["exit", "raise", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_worker_is_left_behind(tmp_path, end):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), "wait" if end.startswith("SIG") else end], stdout=subprocess.PIPE, text=True
+    )
+    lines = [process.stdout.readline().strip() for _ in range(5)]
+    assert lines[0] == "main runs"
+    pids, verdicts = zip(*(line.split() for line in lines[1:]), strict=True)
+    assert verdicts == ("True",) * 4
+    assert pids[0] == pids[1] and len(set(pids)) == 3, "a thread shares the worker, a child has its own"
+    if end.startswith("SIG"):
+        assert process.stdout.readline() == "waits\n"
+        pids += tuple(children(process.pid)) + tuple(child for pid in children(process.pid) for child in children(pid))
+        process.send_signal(getattr(signal, end))
+    process.stdout.close()
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    while alive(pids):
+        assert time.monotonic() < deadline, alive(pids)
         time.sleep(0.05)
+
+
+TRAINING = r"""
+import os, sys, threading
+from datasets import Dataset
+from PIL import Image
+from vision_r1_recipes import VisionGRPOConfig, VisionGRPOTrainer, hfrrf
+from vision_r1_recipes.grading import POOL
+
+ANSWERS = [r"\sqrt{12}", r"2\cdot 3^{1/2}", r"\sqrt{13}", r"\binom{99999999}{44444444}"]
+
+def reward(completions, **kwargs):  # the model can't answer yet: answers that only sympy can tell
+    texts = [f"<think>a</think><answer>{ANSWERS[i % 4]}</answer>" for i in range(len(completions))]
+    rewards = hfrrf([[{"role": "assistant", "content": text}] for text in texts], **kwargs)
+    assert rewards == [1.0, 1.0, 0.0, 0.0] * (len(texts) // 4), rewards
+    return rewards
+
+question = [{"role": "user", "content": "How long is it?"}]
+rows = Dataset.from_list(
+    [{"prompt": question, "image": Image.new("RGB", (84, 84)), "solution": r"2 \sqrt { 3 }"}] * 8
+)
+args = VisionGRPOConfig(
+    output_dir=sys.argv[2], stages=[{"max_completion_length": 8, "num_generations": 4, "steps": 2}],
+    prompts_per_rollout=4, use_cpu=True, bf16=False, report_to="none",
+)
+trainer = VisionGRPOTrainer(sys.argv[1], reward_funcs=reward, args=args, train_dataset=rows)
+thread = threading.Thread(target=trainer.train)
+thread.start()
+thread.join()
+assert trainer.state.global_step == 2
+log = trainer.state.log_history[0]
+assert log["reward"] == 0.5 and log["accuracy_rate"] == 0.5 and log["grader_timeouts"] > 0, log
+pids = [str(worker.process.pid) for worker in POOL.workers if worker.process]
+assert pids
+with open(f"{sys.argv[2]}/rank-{trainer.accelerator.process_index}", "w") as file:
+    file.write(" ".join(pids))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_train_in_a_thread(toy, tmp_path):
+    (tmp_path / "train.py").write_text(TRAINING)
+    config = pathlib.Path(__file__).parents[1] / "recipes/accelerate/ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    command += [tmp_path / "train.py", toy / "model", tmp_path]
+    subprocess.run(list(map(str, command)), check=True, timeout=300)
+    pids = [pid for rank in (0, 1) for pid in (tmp_path / f"rank-{rank}").read_text().split()]
+    assert len(set(pids)) == len(pids) >= 2
+    assert not alive(pids)
+
+
+def _grade_hard(rows):
+    return [grade(*row) for row in rows]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_under_multiprocessing(method):
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(_grade_hard, [HARD[:3], HARD[3:6]]) == [[True] * 3] * 2

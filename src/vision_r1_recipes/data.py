@@ -31,13 +31,13 @@ from qwen_vl_utils import fetch_image, smart_resize
 from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig
 
-from . import grading
 from .configs import DataArguments
 from .grading import check_gold
 from .recipe import RecipeError, check_keys
 
 
 MARKER = "<image>"
+GRADER = ("grading.py", "spelling.py", "quantities.py", "structure.py", "maths.py")
 SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit")
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -228,8 +228,8 @@ def _stamp(rows: Dataset, folder: str) -> str:
     picture that has been mended, or to keep one that is gone.
     """
     digest = hashlib.sha256()
-    for code in (__file__, grading.__file__):
-        digest.update(Path(code).read_bytes())
+    for code in (Path(__file__), *map(Path(__file__).with_name, GRADER)):
+        digest.update(code.read_bytes())
     for column in sorted({"image", "images"} & set(rows.column_names)):
         feature = rows.features[column]
         if getattr(feature.feature if isinstance(feature, List) else feature, "dtype", None) != "string":
@@ -258,8 +258,8 @@ def _fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _read(source: Mapping[str, Any], kind: str, where: str):
-    """`(rows, converter, image folder)` of one source."""
+def open_source(source: Mapping[str, Any], where: str) -> Dataset:
+    """The rows of one source (see [`load_rows`]) as they are; `where` names it in messages."""
     check_source(source, where)
     path, split = Path(source["path"]), source.get("split", "train")
     files = source.get("data_files")
@@ -282,6 +282,14 @@ def _read(source: Mapping[str, Any], kind: str, where: str):
         raise RecipeError(
             f"{where}: can't read {dict(source)}: {type(error).__name__}: {str(error).rstrip('.')}.{hint}"
         ) from error
+    if source.get("limit") is not None:
+        rows = rows.select(range(min(source["limit"], len(rows))))
+    return rows
+
+
+def _read(source: Mapping[str, Any], kind: str, where: str):
+    """`(rows, converter, image folder)` of one source."""
+    rows, path = open_source(source, where), Path(source["path"])
     columns = set(rows.column_names)
     target = "solution" if kind == "rl" else "completion"
     if kind == "rl" and {"images", "problem", "answer"} <= columns:
@@ -302,8 +310,6 @@ def _read(source: Mapping[str, Any], kind: str, where: str):
             rows = rows.cast_column(column, List(Image(decode=False)))
         elif isinstance(feature, Image):
             rows = rows.cast_column(column, Image(decode=False))
-    if source.get("limit") is not None:
-        rows = rows.select(range(min(source["limit"], len(rows))))
     folder = source.get("image_folder") or (path if path.is_dir() else path.parent)
     if source.get("image_folder") and not Path(folder).is_dir():
         raise RecipeError(f"{where}: `image_folder`: {folder} is not a folder.")
@@ -438,6 +444,16 @@ def _without_nulls(messages: list[dict]) -> list[dict]:
         {**message, "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]]}
         for message in messages
     ]
+
+
+def generation_prefix(processor: ProcessorMixin, **template_kwargs) -> str:
+    """
+    `<think>` where the chat template's generation prompt opens the reasoning itself (Qwen3-VL-Thinking's does), so that
+    no completion holds the tag; else empty. Rewards and evaluation put it before a completion.
+    """
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    text = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **template_kwargs)
+    return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
 def _count_tokens(messages, images, kind, processor, bounds) -> int:

@@ -46,7 +46,7 @@ from transformers import (  # noqa: E402
 from transformers.utils import find_adapter_config_file  # noqa: E402
 
 from vision_r1_recipes import preflight, recipe  # noqa: E402
-from vision_r1_recipes.data import MARKER, load_processor, load_rows  # noqa: E402
+from vision_r1_recipes.data import MARKER, generation_prefix, load_processor, load_rows  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import grade, parse_format  # noqa: E402
 
@@ -155,6 +155,7 @@ def complete(model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, b
     lengths = rows.with_format(None)["tokens"][:]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     ends = set(model.generation_config.eos_token_id)
+    prefix = generation_prefix(processor)
     made: dict[int, dict] = {}
     with tqdm(total=len(rows), desc="Evaluating", unit="question") as bar:
         for first in range(0, len(order), batch_size):
@@ -171,7 +172,7 @@ def complete(model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, b
                 tokens = next((k for k, token in enumerate(ids, 1) if token in ends), None)
                 ids = ids[:tokens]
                 made[i] = {
-                    "completion": processor.tokenizer.decode(ids, skip_special_tokens=True),
+                    "completion": prefix + processor.tokenizer.decode(ids, skip_special_tokens=True),
                     "tokens": len(ids),
                     "truncated": tokens is None,
                 }

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from .quantities import equal_numbers, number, quantity, same_number
-from .spelling import OPTION, clean, fold, letter_of, letters_of, strip_prefix, without_brackets, yes_or_no
+from .spelling import OPTION, clean, fold, letter_of, letters_of, strip_prefix, yes_or_no
 from .structure import Comparison
 from .workers import LOST, Pool
 
@@ -52,13 +52,21 @@ def check_gold(gold: str) -> str | None:
     if text.count("{") != text.count("}"):
         return "unbalanced braces"
     if len(gold) > MAX_TEXT or _is_words(text) or _costly(text):
-        return None  # compared as text
+        return None
     if letter_of(text) or same_number(text, text) is not None:
         return None
-    reply = POOL.ask("unparseable", text)
-    if reply is LOST:
-        return "takes too long to parse"
-    return f"not parseable as mathematics: {reply!r}" if reply else None
+    reply = _unparseable(text)
+    return None if reply is LOST or not reply else f"not parseable as mathematics: {reply!r}"
+
+
+@functools.lru_cache(maxsize=65536)
+def _unparseable(gold: str) -> str | object | None:
+    return POOL.ask("unparseable", gold)
+
+
+def needs_equal_text(text: str) -> bool:
+    """Whether a cleaned gold is words, or mathematics too large to calculate with."""
+    return _is_words(text) or _costly(text) or _unparseable(text) is LOST
 
 
 def _is_words(text: str) -> bool:
@@ -114,7 +122,7 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         values = number(gold), number(answer)
         return fold(gold) == fold(answer) or (None not in values and equal_numbers(*values))
     answer, *again = re.split(r"\.?\s*\n\s*(?:final )?answer\s*:\s*", answer, flags=re.I)
-    gold, answer = without_brackets(clean(gold)), without_brackets(clean(answer))
+    gold, answer = clean(gold), clean(answer)
     if any(fold(clean(other)) != fold(answer) for other in again):
         return False
     if letter := letter_of(gold):
@@ -128,10 +136,11 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         return word == verdict[0] and (reason <= verdict[1] or reason >= verdict[1])
     if letter_of(answer) and (option := OPTION.fullmatch(answer))["rest"]:
         answer = option["rest"].strip()
-    if not _is_words(gold) and (sentence := _SENTENCE.match(answer)):
-        answer = answer[sentence.end() :]
-    if number(quantity(gold)[0]) is not None:
-        answer = _ASIDE.sub("", answer)
+    if not _is_words(gold) and len(answer) < 300:
+        if sentence := _SENTENCE.match(answer):
+            answer = answer[sentence.end() :]
+        if number(quantity(gold)[0]) is not None:
+            answer = _ASIDE.sub("", answer)
     if re.fullmatch(r"[\d.]+ ?: ?[\d.]+", gold):
         answer = answer.replace(" to ", ":")
     verdict = same_number(gold, answer)
@@ -140,7 +149,7 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
     try:
         return _WITHOUT_SYMPY.same(gold, answer)
     except _NeedsSympy:
-        return (gold, answer) if not (_costly(gold) or _costly(answer)) else False
+        return (gold, answer) if not (needs_equal_text(gold) or _costly(answer)) else False
 
 
 class _NeedsSympy(Exception):
@@ -162,8 +171,10 @@ _WITHOUT_SYMPY = _WithoutSympy()
 
 
 _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
+# `The area is `, `\u9762\u79ef\u662f`: what a model says before the value
 _SENTENCE = re.compile(
-    _NO_DOUBT + r"[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){0,80}? "
-    r"(?:is|are|equals|was|has|have)(?: equal to)?:? (?=[-+$(\[\d\\.])|[\u4e00-\u9fff]{1,10}(?<!\u4e0d)[\u662f\u4e3a](?=[-\d\\])"
+    rf"{_NO_DOUBT}[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){{0,80}}? "
+    r"(?:is|are|equals|was|has|have)(?: equal to)?:? (?=[-+$(\[\d\\.])"
+    r"|[\u4e00-\u9fff]{1,10}(?<!\u4e0d)[\u662f\u4e3a](?=[-\d\\])"
 )
-_ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")
+_ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")  # `, since it is a square`

@@ -20,8 +20,9 @@ _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
 )
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
-_WORDS |= {w: 10 * i for i, w in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
+_WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _WORDS |= {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2)}
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _MULTIPLES |= {"\u5341": 10, "\u767e": 100, "\u5343": 1000, "\u4e07": 10**4, "\u4ebf": 10**8}
@@ -97,12 +98,14 @@ length: +m +meter +metre 米 = 1; in inch inche = 0.0254; ft foot feet = 0.3048;
 length: 厘米 公分 = 0.01; 毫米 = 0.001; 分米 = 0.1; 千米 公里 = 1000; Å angstrom = 1e-10; micron = 1e-6
 length /time: mph = 0.44704; kmh kmph kph = 5/18; knot = 463/900; mps = 1; fps = 0.3048
 length length: hectare ha 公顷 = 10000; acre = 4046.8564224; 平方米 = 1; 平方厘米 = 0.0001; 平方千米 平方公里 = 1000000
-length length length: +L +l +liter +litre 升 = 0.001; cc 立方厘米 毫升 = 0.000001; 立方米 = 1; gal gallon = 0.003785411784
-length length length: qt quart = 0.000946352946; pt pint = 0.000473176473
-mass: +g +gram 克 = 1; tonne 吨 = 1000000; 千克 公斤 = 1000; lb pound = 453.59237; oz ounce = 28.349523125; ton = 1000000
+length length length: +L +l +liter +litre 升 = 0.001; cc 立方厘米 毫升 = 0.000001; 立方米 = 1
+length length length: gal gallon = 0.003785411784; qt quart = 0.000946352946; pt pint = 0.000473176473
+mass: +g +gram 克 = 1; tonne 吨 = 1000000; 千克 公斤 = 1000; lb pound = 453.59237; oz ounce = 28.349523125
+mass: ton = 1000000
 time: +s sec +second 秒 秒钟 = 1; min minute 分钟 = 60; h hr hour 小时 = 3600; day 天 = 86400; week 周 星期 = 604800
 month: month 个月 = 1; year yr 年 = 12; decade = 120; century centurie = 1200 | radian: rad radian = 1
-angle: ° degree deg 度 = 1 | percent: % percent percentage pct = 1; %% = 0.1 | kelvin: K kelvin = 1 | amount: +mol mole = 1
+angle: ° degree deg 度 = 1 | percent: % percent percentage pct = 1; permille = 0.1 | kelvin: K kelvin = 1
+amount: +mol mole = 1
 celsius: °C celsius 摄氏度 = 1 | fahrenheit: °F fahrenheit = 1 | none: unit = 1 | data: bit = 1; byte = 8
 dollar: $ dollar usd US$ = 1; cent ¢ = 0.01 | euro: € euro EUR = 1 | yuan: ¥ yuan 元 RMB CNY = 1; 角 = 0.1
 sterling: £ GBP = 1; pence = 0.01 | rupee: ₹ rupee = 1 | yen: yen JPY = 1 | revolution: rev revolution = 1
@@ -128,7 +131,8 @@ for _dims, _groups in (entry.strip(" ").split(": ") for entry in re.split(r" \| 
                         _UNITS[_prefix + _name[1:]] = (_dims.split(), Fraction(_base) * Fraction(_scale))
 _UNIT_TOKEN = re.compile(
     r" ?(?:(square|sq|cubic|cu)\b\.? ?)?"
-    r"(US\$|[^\W\d_]+|°[CF]?(?![A-Za-z])|%%?|[$€£¥¢₹])(?: (squared|cubed)\b)?\.?(?: ?\^ ?\{?(-?[1-9])\}?)?| ?(/)| ?[.*]"
+    r"(US\$|[^\W\d_]+|°[CF]?(?![A-Za-z])|%|[$€£¥¢₹])(?: (squared|cubed)\b)?\.?"
+    r"(?: ?\^ ?\{?(-?[1-9])\}?)?| ?(/)| ?[.*]"
 )
 _ATTACHED = "mgsLhNJWVΩK"  # one letter without a space is a unit and not a factor
 _NOT_A_NOUN = re.compile(

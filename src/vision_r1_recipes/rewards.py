@@ -1,4 +1,20 @@
-"""Vision-R1's rewards: HFRRF (format and answer, all or nothing) and the soft pair of Vision-R1-Zero."""
+"""
+Vision-R1's rewards: HFRRF (format and answer, all or nothing) and the soft pair of Vision-R1-Zero.
+
+```python
+from vision_r1_recipes import hfrrf
+
+GRPOTrainer(model, reward_funcs=hfrrf, train_dataset=rows_with_a_solution_column, ...)
+```
+
+The parts work alone: `parse_format(text)`, `grade(gold, answer)`, `check_gold(gold)`. No import of torch or trl.
+
+```shell
+python -m vision_r1_recipes.rewards check DATA [--split train]   # every gold of a dataset, before training
+```
+"""
+
+from collections.abc import Callable, Sequence
 
 from .grading import check_gold, grade, grade_all
 from .spelling import strip_prefix
@@ -11,7 +27,8 @@ END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
 
 
 def parse_format(text: str) -> str | None:
-    """Text of the answer when the format is right, else `None` `[paper]`.
+    """
+    Text of the answer when the format is right, else `None` `[paper]`.
 
     Right is `<think> ... </think><answer> ... </answer>`: each tag exactly once, in this order, only white space
     around and between, a non-empty answer. The optional prefix `Final Answer:` is stripped `[repo]`, and an
@@ -29,53 +46,91 @@ def parse_format(text: str) -> str | None:
     return strip_prefix(text[starts[2] + len(TAGS[2]) : starts[3]]) or None
 
 
+def hfrrf(
+    completions: list,
+    solution: Sequence[str],
+    generation_prefix: Sequence[str] | None = None,
+    log_metric: Callable | None = None,
+    **kwargs,
+) -> list[float]:
+    """
+    Hard formatting result reward function: 1.0 when format and final answer are right, else 0.0 `[paper]`.
+
+    Args:
+        completions (`list`):
+            N completions, each a list of messages (content: text, or a list of text blocks) or plain text.
+        solution (`list[str]`):
+            N gold answers.
+        generation_prefix (`list[str]`, *optional*):
+            N texts that the generation prompt put before the completions and that belong to the format, `<think>` or
+            nothing. [`VisionGRPOTrainer`] passes what its chat template does.
+        log_metric (`Callable`, *optional*):
+            TRL's hook. Gets `format_rate`, `accuracy_rate` (answer right, whatever the format) and `grader_timeouts`
+            (answers on which the grader gave up; they count as wrong).
+
+    Returns:
+        `list[float]`: N rewards.
+
+    Raises:
+        `ValueError`: a gold can't be graded (see [`check_gold`]).
+    """
+    formats = format_reward(completions, generation_prefix, log_metric)
+    right = accuracy_reward(completions, solution, generation_prefix, log_metric)
+    return [form * answer for form, answer in zip(formats, right, strict=True)]
+
+
+def format_reward(
+    completions: list,
+    generation_prefix: Sequence[str] | None = None,
+    log_metric: Callable | None = None,
+    **kwargs,
+) -> list[float]:
+    """1.0 where the format is right (see [`parse_format`]), else 0.0; half of Zero's soft reward `[paper]`."""
+    rewards = [float(parse_format(text) is not None) for text in _texts(completions, generation_prefix)]
+    _log(log_metric, "format_rate", rewards)
+    return rewards
+
+
+def accuracy_reward(
+    completions: list,
+    solution: Sequence[str],
+    generation_prefix: Sequence[str] | None = None,
+    log_metric: Callable | None = None,
+    **kwargs,
+) -> list[float]:
+    """
+    1.0 where the answer is right (see [`grade`]), else 0.0; half of Zero's soft reward `[paper]`.
+
+    The answer is taken from the last `<answer> ... </answer>` where the format is wrong.
+    """
+    answers = [parse_format(text) or _last_answer(text) for text in _texts(completions, generation_prefix)]
+    verdicts = grade_all(solution, answers)
+    rewards = [float(verdict is True) for verdict in verdicts]
+    _log(log_metric, "accuracy_rate", rewards)
+    _log(log_metric, "grader_timeouts", [verdicts.count(None)])
+    return rewards
+
+
 def _last_answer(text: str) -> str | None:
     end = text.rfind(TAGS[3])
     start = text.rfind(TAGS[2], 0, max(end, 0))
     return strip_prefix(text[start + len(TAGS[2]) : end]) or None if start >= 0 else None
 
 
-def _texts(completions: list) -> list[str]:
+def _texts(completions: list, prefixes: Sequence[str] | None) -> list[str]:
     contents = [c if isinstance(c, str) else c[-1]["content"] if c else "" for c in completions]
-    return [c if isinstance(c, str) else "".join(block.get("text") or "" for block in c or ()) for c in contents]
+    texts = [c if isinstance(c, str) else "".join(block.get("text") or "" for block in c or ()) for c in contents]
+    return texts if prefixes is None else [a + b for a, b in zip(prefixes, texts, strict=True)]
 
 
-def _log(log_metric, name: str, values: list[float]) -> None:
+def _log(log_metric: Callable | None, name: str, values: list[float]) -> None:
     if log_metric and values:
         log_metric(name, sum(values) / len(values))
 
 
-def hfrrf(completions: list, solution: list[str], log_metric=None, **kwargs) -> list[float]:
-    """Hard formatting result reward function: 1.0 when format and final answer are right, else 0.0 `[paper]`.
+if __name__ == "__main__":
+    import sys
 
-    Args:
-        completions: N completions, each a list of messages (content: text, or a list of text blocks) or plain text.
-        solution: N gold answers.
-        log_metric: TRL's hook. Gets `format_rate` and `accuracy_rate` (answer right, whatever the format).
+    from .golds import main
 
-    Returns:
-        N rewards. Raises `ValueError` for a gold that can't be graded.
-    """
-    formats = format_reward(completions, log_metric=log_metric)
-    right = accuracy_reward(completions, solution, log_metric=log_metric)
-    return [form * answer for form, answer in zip(formats, right, strict=True)]
-
-
-def format_reward(completions: list, log_metric=None, **kwargs) -> list[float]:
-    """1.0 where the format is right (see `parse_format`), else 0.0; half of Zero's soft reward `[paper]`."""
-    rewards = [float(parse_format(text) is not None) for text in _texts(completions)]
-    _log(log_metric, "format_rate", rewards)
-    return rewards
-
-
-def accuracy_reward(completions: list, solution: list[str], log_metric=None, **kwargs) -> list[float]:
-    """1.0 where the answer is right (see `grade`), else 0.0; half of Zero's soft reward `[paper]`.
-
-    The answer is taken from the last `<answer> ... </answer>` where the format is wrong.
-    """
-    answers = [parse_format(text) or _last_answer(text) for text in _texts(completions)]
-    verdicts = grade_all(solution, answers)
-    rewards = [float(verdict is True) for verdict in verdicts]
-    _log(log_metric, "accuracy_rate", rewards)
-    _log(log_metric, "grader_timeouts", [verdicts.count(None)])
-    return rewards
+    sys.exit(main())

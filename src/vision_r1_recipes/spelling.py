@@ -8,20 +8,18 @@ import unicodedata
 
 # -------- characters and LaTeX
 
-_SIGNS = dict(
-    zip(
-        "×·⋅∙÷√±∞≤≥⩽⩾≠≈≅∼∠△∪∩∅∈ℝ∥⊥αβγδθλμπρσφω→",
-        ["times", "cdot", "cdot", "cdot", "div", "sqrt", "pm", "infty", "le", "ge", "le", "ge", "ne", "approx", "cong", "sim", "angle", "triangle", "cup", "cap", "emptyset", "in", "mathbb{R}", "parallel", "perp", "alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "pi", "rho", "sigma", "phi", "omega", "to"],
-        strict=True,
-    )
-)
+_SIGNS = {
+    "×": "times", "·": "cdot", "⋅": "cdot", "∙": "cdot", "÷": "div", "√": "sqrt", "±": "pm", "∞": "infty", "≤": "le",
+    "≥": "ge", "⩽": "le", "⩾": "ge", "≠": "ne", "≈": "approx", "≅": "cong", "∼": "sim", "∠": "angle", "△": "triangle",
+    "∪": "cup", "∩": "cap", "∅": "emptyset", "∈": "in", "ℝ": "mathbb{R}", "∥": "parallel", "⊥": "perp", "→": "to",
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "θ": "theta", "λ": "lambda", "μ": "mu", "π": "pi",
+    "ρ": "rho", "σ": "sigma", "φ": "phi", "ω": "omega", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
+}  # fmt: skip
 _CHARS = {sign: f"\\{name} " for sign, name in _SIGNS.items()}
 _CHARS |= dict.fromkeys("\u2212\u2013\u2014\u2012\u2010\ufe63", "-")
-_CHARS |= dict(
-    zip("\u00baµ\u2126、㎡∶‰【】〔〕″′", ("°", "u", "Ω", ",", "m^2", ":", "%%", *"[][]", "''", "'"), strict=True)
-)
+_CHARS |= {"\u00ba": "°", "µ": "u", "\u2126": "Ω", "、": ",", "㎡": "m^2", "∶": ":", "‰": " permille", "″": "''", "′": "'"}
+_CHARS |= {"【": "[", "】": "]", "〔": "[", "〕": "]", "\u2044": "/"}
 _CHARS |= {c: f" {unicodedata.normalize('NFKC', c).replace(chr(0x2044), '/')}" for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
-_CHARS |= {"\u2044": "/", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "}
 _CHARS |= {"∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _CHARS |= dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'")
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -82,7 +80,8 @@ _LEAD_IN = re.compile(
     r"|(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s+)?"
     r"(?:answer|result|choice|selection)\s*(?:\b(?:is|are|should be)\b\s*:?|[:=])\s*"
     r"|(?:所以|因此|故)?[,\s]*(?:最终|最后|正确)?的?(?:答案|结果)\s*(?:(?:是|为|:)\s*:?\s*|(?=选))|(?:所以|因此|故)[,\s]*"
-    r"|\\approx\s*|(?:in )?(?:the year )?(?=\d{4}$)|(?:一?共有?|总共|等于|大约)(?=\d)|(?:approximately|approx\.|about|roughly|around)\s+(?=[\d$\\-])|约(?:为|是)?\s*(?=\d)|=\s*",
+    r"|\\approx\s*|(?:approximately|approx\.|about|roughly|around)\s+(?=[\d$\\-])|约(?:为|是)?\s*(?=\d)|=\s*"
+    r"|(?:in )?(?:the year )?(?=\d{4}$)|(?:一?共有?|总共|等于|大约)(?=\d)",
     re.I,
 )
 _PAIRS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), ('"', '"'), ("'", "'"), ("[[", "]]")]
@@ -107,7 +106,12 @@ def without_brackets(text: str) -> str:
     """`text` without brackets that only group it: `((7))`, `{x+1}`."""
     opening = len(text) - len(text.lstrip("({ "))
     for _ in range(min(opening, 60)):
-        if text[:1] not in ("(", "{") or text.startswith("{}") or "," in text or closing(text) != len(text) - 1:
+        if (
+            text[:1] not in ("(", "{")
+            or text.startswith("{}")
+            or re.search("[,;]", text)
+            or closing(text) != len(text) - 1
+        ):
             break
         text = text[1:-1].strip()
     return text
@@ -135,7 +139,7 @@ def _unwrap(text: str) -> str:
             text = box[1:-1]
     if lead := _LEAD_IN.match(text):
         text = text[lead.end() :] or text
-    return text.strip()
+    return without_brackets(text.strip())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,7 +170,7 @@ def fold(text: str) -> str:
     if text[:1] not in "([{":
         text = re.sub(r"(?<=\d), (?=\d{3}(?!\d))", ";", text)  # two numbers, not a thousand
     text = re.sub(r" (?=[\W\u4e00-\u9fff])|(?<=[\W\u4e00-\u9fff]) ", "", text)
-    return re.sub(r"(?<=[A-Za-z])_\{?(\w+)\}?", r"\1", text)
+    return re.sub(r"(\\[A-Za-z]+)?(?<=[A-Za-z])_\{?(\w+)\}?", lambda m: m[0] if m[1] else m[2], text)  # H_2O
 
 
 # -------- letters, Yes and No
@@ -179,7 +183,8 @@ OPTION = re.compile(
     re.I | re.S,
 )
 _OTHER = re.compile(
-    r"(?:\b(?:or|and|not|option|choice|answer|is|be)\b[ :]*|[,/;&(:] ?|^ ?(?!A [a-z]{2}))([A-J])(?![\w'])|\b([A-J])[.)](?= |$)"
+    r"(?:\b(?:or|and|not|option|choice|answer|is|be)\b[ :]*|[,/;&(:] ?|^ ?(?!A [a-z]{2}))([A-J])(?![\w'])"
+    r"|\b([A-J])[.)](?= |$)"
 )
 _LETTERS = re.compile(
     r"[(\[]?[A-J][)\].]{0,2}(?:(?: ?[,;/] ?| ?, ?and |(?: and)? )[(\[]?[A-J][)\].]{0,2})+|[A-J]{2,6}"

@@ -18,7 +18,7 @@ LABEL = re.compile(
 )
 # What an answer may leave out before `=`: a name, a ratio or tuple of names, but no sum or power to be solved.
 _NAMES = re.compile(
-    rf"(?:{LABEL.pattern}|\\frac|[/:|]|[A-Za-z] ?\( ?[A-Za-z] ?\)|\((?: ?[A-Za-z]\w? ?,)+ ?[A-Za-z]\w? ?\))++"
+    rf"(?:{LABEL.pattern}|\\frac|[/:|]|[A-Za-z] ?\([\w, ]{{1,12}}\)|\((?: ?[A-Za-z]\w? ?,)+ ?[A-Za-z]\w? ?\))++"
 )
 
 # -------- taking apart
@@ -41,7 +41,7 @@ def split(text: str, separator: str) -> list[str]:
 def _named(text: str) -> tuple[str, str]:
     """What stands before `=` and the rest; the first is empty where that is not a name, or not the only relation."""
     name, *rest = split(text, RELATION.pattern)
-    if len(rest) == 1 and RELATION.search(text)[0] == "=" and _NAMES.fullmatch(name) and rest[0]:
+    if len(rest) == 1 and RELATION.search(text)[0] == "=" and rest[0] and len(name) < 40 and _NAMES.fullmatch(name):
         return _name(name), rest[0]
     return "", text
 
@@ -146,6 +146,8 @@ class Comparison(ABC):
         """Whether the whole answers are the same."""
         if fold(gold) == fold(answer):
             return True
+        if gold[:1] == "(":
+            answer = re.sub(r"^[A-Z] ?(?=\([^()]*,[^()]*\)$)", "", answer)  # a point's name
         gold, answer = (re.sub(r"^[A-Za-z] ?\\in(?![A-Za-z])\s*(?=[(\[\\{])", "", text) for text in (gold, answer))
         (g_name, g_rest), (a_name, a_rest) = _named(gold), _named(answer)
         if (g_name and g_name == a_name) or (g_name and not RELATION.search(answer)):
@@ -165,7 +167,7 @@ class Comparison(ABC):
         g_parts, a_parts = split(gold, "="), split(answer, "=")
         if len(g_parts) > 1:
             return len(g_parts) == len(a_parts) == 2 and self.ratio(*g_parts, *a_parts) != 0
-        if len(a_parts) > 1 and LABEL.fullmatch(a_parts[0]):
+        if len(a_parts) > 1 and len(a_parts[0]) < 40 and LABEL.fullmatch(a_parts[0]):
             del a_parts[0]
         return all(self.same_value(gold, part) for part in a_parts)
 
@@ -213,5 +215,7 @@ def _pair(text: str) -> list[list[Condition]] | None:
 
 
 def _name(label: str) -> str:
-    """`f(x)` and `f`, `x` and `x_{1}` have one name."""
+    """`f(x)` and `y`, `x` and `x_{1}` have one name."""
+    label = re.sub(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2", label)
+    label = re.sub(r"^\s*[fgh] ?\( ?x ?\)\s*$", "y", label)
     return re.sub(r"\([A-Za-z]\)|_(?:\{[^{}]*\}|\w)|[\s{}]", "", label)

@@ -31,6 +31,7 @@ from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config, is_conver
 
 from . import checkpoints
 from .configs import VisionGRPOConfig, VisionSFTConfig
+from .data import generation_prefix
 from .pictures import Pictures, SharedFeatures, pictures_of, shareable
 from .ptst import PTSTCallback, Stage, num_rollouts, parse_stages, stage_at
 
@@ -459,6 +460,9 @@ class VisionGRPOTrainer(_Checkpoints, GRPOTrainer):
         if self._rollout is not None:
             rows = self._rollout.repeat(self._rollout.prompts)
             inputs = [{**row, **of_row} for row, of_row in zip(rows, inputs, strict=True)]
+        if is_conversational({"prompt": prompts[0]}):
+            prefix = generation_prefix(self.processing_class, **self.chat_template_kwargs)
+            inputs = [{**row, "generation_prefix": prefix} for row in inputs]
         with self._phase("rewards"):
             return super()._calculate_rewards(inputs, prompts, *args)
 
