@@ -178,21 +178,11 @@ NUMBERS = st.one_of(
     st.builds(Fraction, st.integers(-999, 999), st.integers(2, 60)),
     st.builds(lambda n, k: Fraction(n, 10**k), st.integers(-(10**6), 10**6), st.integers(1, 4)),
 )
+# What a model puts around an answer, from the inside out.
 WRAPPERS = [
-    "{}",
-    " {} ",
-    "{}.",
-    "${}$",
-    r"\boxed{{{}}}",
-    r"$\boxed{{{}}}$",
-    "**{}**",
-    r"\( {} \)",
-    "Final Answer:{}",
-    "The answer is {}",
-    "x = {}",
-    "({})",
-    "`{}`",
-    "答案：{}",
+    ["{}", " {} ", "${}$", r"\boxed{{{}}}", r"$\boxed{{{}}}$", "**{}**", r"\( {} \)", "`{}`"],
+    ["{}", "x = {}", "({})"],
+    ["{}", "{}.", "Final Answer:{}", "The answer is {}", "Therefore, the answer is {}.", "答案：{}"],
 ]
 
 
@@ -218,11 +208,12 @@ def styled(draw, values=NUMBERS):
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.data(), st.lists(st.sampled_from(WRAPPERS), max_size=3, unique=True))
+@given(st.data(), st.tuples(*map(st.sampled_from, WRAPPERS)))
 def test_equal_numbers_stay_right_in_any_style(data, wrappers):
     value, gold = data.draw(styled())
     _, answer = data.draw(styled(st.just(value)))
-    for wrapper in sorted(wrappers, key=WRAPPERS.index):
+    assume(not ("," in answer and "({})" in wrappers))  # a pair
+    for wrapper in wrappers:
         answer = wrapper.format(answer)
     assert grade(gold, answer), (gold, answer)
 

@@ -32,7 +32,7 @@ def _costly(text: str) -> bool:
         or deepest > 20
         or text.count("^") > 30
         or re.search(r"\^[-+]?\d{5}|\d{300}|!!|\d{4}!", flat) is not None
-        or re.search(r"\^\s*[{(]*[-+.\d\s]*\^", text) is not None  # a power of numbers as the exponent
+        or re.search(r"\^\s*[{(]*[-+.\d\s]*\^\s*[{(]*[-+\d\s]", text) is not None  # a power of numbers as the exponent
         or re.search(r"[^\x20-\x7e°€£¥¢Ω\u4e00-\u9fff]", text) is not None
     )
 
@@ -65,12 +65,13 @@ def _unparseable(gold: str) -> str | object | None:
 
 
 def needs_equal_text(text: str) -> bool:
-    """Whether a cleaned gold is words, or mathematics too large to calculate with."""
-    return _is_words(text) or _costly(text) or _unparseable(text) is LOST
+    """Whether a cleaned gold is words, a date, a range, or mathematics too large to calculate with."""
+    words = _is_words(text) or re.fullmatch(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+", text) is not None
+    return words or _costly(text) or _unparseable(text) is LOST
 
 
 def _is_words(text: str) -> bool:
-    return not re.search(r"[\\\d=<>+*/^]", text) and bool(re.search(r"[^\W\d_]{2}", text))
+    return not re.search(r"[\\\d=<>+*/^]", text) and bool(re.search(r"[^\W\d_]{3}|[^\x00-\x7f]{2}", text))
 
 
 def grade(gold: str, answer: str) -> bool:
@@ -174,7 +175,8 @@ _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|wi
 # `The area is `, `\u9762\u79ef\u662f`: what a model says before the value
 _SENTENCE = re.compile(
     rf"{_NO_DOUBT}[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){{0,80}}? "
-    r"(?:is|are|equals|was|has|have)(?: equal to)?:? (?=[-+$(\[\d\\.])"
+    r"(?:is|are|equals|was|has|have|makes?|costs?|weighs?|measures?|earns?|needs?|takes?)(?: equal to)?:? "
+    r"(?=[-+$(\[\d\\.])"
     r"|[\u4e00-\u9fff]{1,10}(?<!\u4e0d)[\u662f\u4e3a](?=[-\d\\])"
 )
 _ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")  # `, since it is a square`

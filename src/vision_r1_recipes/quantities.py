@@ -1,8 +1,11 @@
 """Numbers, exactly, and their units."""
 
+import functools
 import re
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
+from math import isqrt
 
 from .spelling import without_brackets
 
@@ -23,7 +26,8 @@ _ONES = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
-_WORDS |= {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2)}
+_WORDS |= {"half": Fraction(1, 2)}
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _MULTIPLES |= {"\u5341": 10, "\u767e": 100, "\u5343": 1000, "\u4e07": 10**4, "\u4ebf": 10**8}
 _MULTIPLE = re.compile(rf"([+-]?) ?({_DEC}) ?({'|'.join(_MULTIPLES)})", re.I)
@@ -43,7 +47,10 @@ def equal_numbers(a: Fraction | Decimal, b: Fraction | Decimal) -> bool:
 
 
 def _in_words(text: str) -> Fraction | None:
-    """Value of `twenty-five` or `two hundred and six`."""
+    """Value of `twenty-five`, `two hundred and six` or `two thirds`."""
+    if m := re.fullmatch(r"(.*?)[ -](half|third|quarter|fourth|fifth|sixth|eighth|tenth)s?", text.lower()):
+        count = _in_words(m[1].replace("a", "one", 1) if m[1] == "a" else m[1])
+        return None if count is None else count / _PARTS[m[2]]
     total, group = Fraction(0), None
     words = re.findall(r"[a-z]+", text.lower())
     for word in words:
@@ -62,6 +69,21 @@ def _in_words(text: str) -> Fraction | None:
     return total + group if group is not None else None
 
 
+def _in_chinese(text: str) -> Fraction | None:
+    """Value of `\u5341\u4e94` or `\u4e8c\u5206\u4e4b\u4e00`, up to 9999."""
+    if "\u5206\u4e4b" in text:
+        bottom, top = map(_in_chinese, text.split("\u5206\u4e4b", 1))
+        return top / bottom if top is not None and bottom else None
+    total, digit = 0, 0
+    for char in text:
+        value = int(unicodedata.numeric(char))
+        if value >= 10:
+            total, digit = total + (digit or 1) * value, 0
+        else:
+            digit = value
+    return Fraction(total + digit)
+
+
 def number(text: str) -> Fraction | Decimal | None:
     """Exact value of a plain number; a `Decimal` where the digits are too many to calculate with."""
     text = without_brackets(text)
@@ -70,6 +92,14 @@ def number(text: str) -> Fraction | Decimal | None:
             value = number(text[m.end() :])
             return None if value is None or value < 0 else -value
         return _in_words(text) if re.fullmatch(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", text) else None
+    if (
+        re.fullmatch(
+            "[\u96f6\u4e00\u4e8c\u4e24\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u5206\u4e4b]{1,12}",
+            text,
+        )
+        and text[0] not in "\u5206\u4e4b"
+    ):
+        return _in_chinese(text)
     if m := _MULTIPLE.fullmatch(text):
         return _decimal(m[1] + m[2]) * _MULTIPLES[m[3].lower()]
     if m := re.fullmatch(r"10 ?\^ ?\{ ?([+-]?\d+) ?\}", text):
@@ -90,6 +120,49 @@ def number(text: str) -> Fraction | Decimal | None:
     return None
 
 
+# -------- surds
+
+_TIMES = r"(?: ?(?:\\cdot|\\times|\*))? ?"
+_PRODUCT = re.compile(
+    rf"([+-]?) ?(?:({_DEC})|\\frac ?\{{ ?(\d+) ?\}} ?\{{ ?(\d+) ?\}})?{_TIMES}"
+    rf"(?:\\sqrt ?\{{ ?(\d{{1,6}}) ?\}})?{_TIMES}(\\pi)? ?(?:/ ?(\d+))?"
+)
+_ARGUMENT = r" ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+_QUOTIENT = re.compile(rf"([+-]?) ?\\frac{_ARGUMENT}{_ARGUMENT}")
+
+
+def surd(text: str) -> tuple[Fraction, int, int] | None:
+    """`(a, b, c)` of `a \\sqrt{b} \\pi^c`, `b` square-free, for such a product or a quotient of two: the usual answers
+    in geometry, exactly and without sympy."""
+    if len(text) > 60:
+        return None
+    if m := _PRODUCT.fullmatch(text):
+        sign, decimal, top, bottom, radicand, pi, divisor = m.groups()
+        numbers = [int(n or 1) for n in (bottom, radicand, divisor)]
+        if not (decimal or top or radicand or pi) or 0 in numbers:
+            return None
+        root, inside = _square_free(numbers[1])
+        value = (_decimal(decimal) if decimal else int(top or 1)) * Fraction(root, numbers[0] * numbers[2])
+        return (-value if sign == "-" else value), inside, int(pi is not None)
+    if m := _QUOTIENT.fullmatch(text):
+        top, bottom = surd(m[2].strip()), surd(m[3].strip())
+        if top and bottom and bottom[0]:
+            root, inside = _square_free(top[1] * bottom[1])
+            value = top[0] * root / bottom[0] / bottom[1]
+            return (-value if m[1] == "-" else value), inside, top[2] - bottom[2]
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _square_free(n: int) -> tuple[int, int]:
+    """`(a, b)` with `n = a^2 b` and a square-free `b`."""
+    root = 1
+    for factor in range(2, min(isqrt(n), 1000) + 1):
+        while n % factor**2 == 0:
+            root, n = root * factor, n // factor**2
+    return root, n
+
+
 # -------- units
 
 # Dimensions, then names = factor to the base unit; a name with `+` takes the metric prefixes.
@@ -106,7 +179,8 @@ time: +s sec +second 秒 秒钟 = 1; min minute 分钟 = 60; h hr hour 小时 = 
 month: month 个月 = 1; year yr 年 = 12; decade = 120; century centurie = 1200 | radian: rad radian = 1
 angle: ° degree deg 度 = 1 | percent: % percent percentage pct = 1; permille = 0.1 | kelvin: K kelvin = 1
 amount: +mol mole = 1
-celsius: °C celsius 摄氏度 = 1 | fahrenheit: °F fahrenheit = 1 | none: unit = 1 | data: bit = 1; byte = 8
+celsius: °C celsius 摄氏度 = 1 | fahrenheit: °F fahrenheit = 1 | none: unit = 1 | data: bit = 1; byte B = 8; KB kilobyte = 8000; MB megabyte = 8000000; GB gigabyte = 8000000000
+data: TB terabyte = 8000000000000
 dollar: $ dollar usd US$ = 1; cent ¢ = 0.01 | euro: € euro EUR = 1 | yuan: ¥ yuan 元 RMB CNY = 1; 角 = 0.1
 sterling: £ GBP = 1; pence = 0.01 | rupee: ₹ rupee = 1 | yen: yen JPY = 1 | revolution: rev revolution = 1
 voltage: +V +volt 伏 伏特 = 1 | charge: +C +coulomb = 1
@@ -185,12 +259,16 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
 
     `attached`: one letter right behind a number is a unit also where it might be a factor (`5A`).
     """
+    if number(text) is not None:
+        return text, None
     if m := re.match(r"(-?) ?(US\$|[$€£¥¢₹]|RMB) ?(?=[\d.])", text):
         rest = text[m.end() :]
         return m[1] + (rest if rest == (cut := re.sub(r" ?(?:dollars?|USD)$", "", rest)) else cut), _unit(m[2])
     for m in re.finditer(r"(?:(?<=[\d})\].\u4e07\u4ebf])(?P<gap> ?-?)|(?<=[a-z]) )(?=[^\W\d_]|[°%$€£¥¢₹])", text):
         value, rest = text[: m.start()], text[m.end() :]
         factor = len(rest) == 1 and m["gap"] == "" and rest.isalpha() and rest not in _ATTACHED and not attached
+        if rest[:1] == "°" and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value):
+            continue
         if len(rest) > 60 or (factor and rest.isascii()) or not (re.search(r"\d|\\pi", value) or _in_words(value)):
             continue
         if unit := _unit(rest):
@@ -254,9 +332,18 @@ def same_number(gold: str, answer: str) -> bool | None:
     if g is None and answer_unit:
         g, gold_unit = _measure(gold, attached=True)
     if g is None or a is None:
-        return None
+        return _same_surd(gold, answer)
     if (factor := factor_of(gold_unit, answer_unit)) is None:
         return False
     if isinstance(g, Decimal) or isinstance(a, Decimal):
         return factor == 1 and equal_numbers(g, a)
     return g == a * factor or (answer_unit is None and gold_unit == _unit("%") and g == 100 * a)
+
+
+def _same_surd(gold: str, answer: str) -> bool | None:
+    (gold, gold_unit), (answer, answer_unit) = quantity(gold), quantity(answer)
+    g, a = surd(gold), surd(answer)
+    if g is None or a is None or {gold_unit, answer_unit} == {DEGREE, RADIAN}:
+        return None
+    factor = factor_of(gold_unit, answer_unit)
+    return factor is not None and g == (a[0] * factor, *a[1:])

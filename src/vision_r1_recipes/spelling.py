@@ -13,29 +13,51 @@ _SIGNS = {
     "≥": "ge", "⩽": "le", "⩾": "ge", "≠": "ne", "≈": "approx", "≅": "cong", "∼": "sim", "∠": "angle", "△": "triangle",
     "∪": "cup", "∩": "cap", "∅": "emptyset", "∈": "in", "ℝ": "mathbb{R}", "∥": "parallel", "⊥": "perp", "→": "to",
     "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "θ": "theta", "λ": "lambda", "μ": "mu", "π": "pi",
-    "ρ": "rho", "σ": "sigma", "φ": "phi", "ω": "omega", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
+    "ρ": "rho", "σ": "sigma", "φ": "phi", "ω": "omega", "τ": "tau", "ε": "epsilon", "η": "eta", "κ": "kappa",
+    "ν": "nu", "ξ": "xi", "χ": "chi", "ψ": "psi", "ζ": "zeta", "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta",
+    "Λ": "Lambda", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "ℏ": "hbar", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
 }  # fmt: skip
 _CHARS = {sign: f"\\{name} " for sign, name in _SIGNS.items()}
 _CHARS |= dict.fromkeys("\u2212\u2013\u2014\u2012\u2010\ufe63", "-")
-_CHARS |= {"\u00ba": "°", "µ": "u", "\u2126": "Ω", "、": ",", "㎡": "m^2", "∶": ":", "‰": " permille", "″": "''", "′": "'"}
+_CHARS |= {
+    "\u00ba": "°",
+    "µ": "u",
+    "\u2126": "Ω",
+    "、": ",",
+    "㎡": "m^2",
+    "∶": ":",
+    "‰": " permille",
+    "″": "''",
+    "′": "'",
+}
 _CHARS |= {"【": "[", "】": "]", "〔": "[", "〕": "]", "\u2044": "/"}
 _CHARS |= {c: f" {unicodedata.normalize('NFKC', c).replace(chr(0x2044), '/')}" for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _CHARS |= {"∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _CHARS |= dict.fromkeys("“”„", '"') | dict.fromkeys("‘’", "'")
+_CHARS |= {"⟨": r"\langle ", "⟩": r"\rangle ", "∽": r"\sim ", "〈": r"\langle ", "〉": r"\rangle "}
+_CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUBST = [
+    (r"(?<=\d) ?[μµ](?=[mgsLlAFVCNJ])", " u"),
+    (r"^\s*([A-J])、(?=\s*\d)", r"\1. "),
+    (r"(?<=[\d)}])\s*或者?\s*(?=[-\d(\\])", " or "),
+    (r"(?<=[\d)}])\s*[和与及]\s*(?=[-\d(\\])", " and "),
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPER)}}}"),
     (r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}"),
 ]
 _LATEX = [
     (r",\s*\\!\s*", ","),
+    (r"(?<!\\)\\[()\[\]]", " "),
+    (r"`([^`]+)`", r"\1"),
+    (r"(?<![\w)}])\*\*([^*]+)\*\*(?![\w({])", r"\1"),
     (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\\(?:text|mathrm)\s*\{\s*([A-Z][a-z]?)\s*\}(?=\s*_)", r"\1"),
     (r"(_\{?\d+\}?)\s*\\(?:text|mathrm)\s*\{\s*([A-Z][a-z]?)\s*\}", r"\1\2"),
     (r"\\(?:left|right|displaystyle|limits|rm|bf|it|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|~|(?<!\\)\{\}", " "),
     (
-        r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname|boldsymbol)\s*\{([^{}]*)\}",
+        r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname|boldsymbol)\s*"
+        r"\{((?:[^{}]|\{[^{}]*\})*)\}",
         r" \1 ",
     ),
     (r"\{,\}", ","),
@@ -59,8 +81,15 @@ _LATEX = [
     (r"\\cdotp(?![A-Za-z])|\\bullet(?![A-Za-z])|\\ast(?![A-Za-z])", r"\\cdot "),
     (r"\\(?:dots|ldots|cdots)(?![A-Za-z])", "..."),
     (r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])", r"\\\1 "),
-    (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z])", r"\\infty "),
-    (r"(?<![A-Za-z\\])(angle|triangle)(?= ?[A-Z]{1,3}\b)", r"\\\1 "),
+    (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z\d])", r"\\infty "),
+    (r"\\Delta(?= ?[A-Z]{3}(?![A-Za-z]))", r"\\triangle"),
+    (r"^\\\{ ?([a-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}$", r"\2"),
+    (r"(?<![A-Za-z\\])([Aa]ngle|[Tt]riangle)(?= ?[A-Z]{1,3}\b)", lambda m: f"\\{m[1].lower()} "),
+    (r"(?<=[A-Z]) ?// ?(?=[A-Z])", r"\\parallel "),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+    (r"(?<=\d) ?\\mu ?(?=[mgsLlAFVCNJ](?![A-Za-z]))", " u"),
+    (r"(?<=\d) out of (?=\d)", "/"),
     (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
     *[(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}")] * 3,
     (r"\\sqrt\s*(\[\d+\])?\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\\sqrt\1{\2}"),
@@ -72,6 +101,10 @@ _LATEX = [
     (r"(?<=\d) ?([AaPp])\.? ?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].upper()}M"),
 ]
 _LATEX = [(re.compile(pattern), new) for pattern, new in _LATEX]
+# Most answers are plain: what none of these is in, no rule above can change.
+_DRESSED = re.compile(
+    r"[\\`*~^_{!<>=°-]|sqrt|arc|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|inf|oo|angle|\d ?[AaPp]\.? ?[Mm]"
+)
 
 # -------- what stands around an answer
 
@@ -145,26 +178,33 @@ def _unwrap(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def clean(text: str) -> str:
     """One spelling for the ways to write the same thing: unicode, LaTeX dressing, wrappers, lead-ins."""
-    text = re.sub(r"^\s*([A-J])、(?=\s*\d)", r"\1. ", text)
-    for pattern, new in _SUBST:
-        text = re.sub(pattern, new, text)
-    text = "".join(_CHARS.get(c, c) for c in text)
-    text = unicodedata.normalize("NFKC", text)
+    if not text.isascii():
+        for pattern, new in _SUBST:
+            text = re.sub(pattern, new, text)
+        text = "".join(_CHARS.get(c, c if c in _CIRCLED else unicodedata.normalize("NFKC", c)) for c in text)
     for _ in range(8):
         before, text = text, _unwrap(text)
         if text == before:
             break
     if text.count("$") > 1 and text.count("$") % 2 == 0:
         text = text.replace("$", " ")
-    for pattern, new in _LATEX:
-        text = pattern.sub(new, text)
+    if _DRESSED.search(text):
+        for pattern, new in _LATEX:
+            text = pattern.sub(new, text)
     if "&" in text and r"\begin" not in text:
         text = text.replace("&", " and ")
     return re.sub(r"\s+", " ", _unwrap(text))
 
 
+# A molecule or an ion: subscripts and charges may be written in any way, but `CO` is not `Co`.
+_FORMULA = re.compile(r"(?=.*[\d+-])(?:[A-Z][a-z]? ?(?:_?\{?\d+\}?)?|\(|\))+ ?(?:\^?\{?\d*[+-]\}?)?")
+
+
 def fold(text: str) -> str:
     """What two cleaned texts must share to be equal: neither spaces beside signs, nor case outside mathematics."""
+    if _FORMULA.fullmatch(text):
+        return re.sub(r"[_^{} ]", "", text)
+    text = re.sub(rf"(?<=[{_CIRCLED}])[ ,]+(?=[{_CIRCLED}])", "", text)
     if "\\" not in text and (not re.search(r"\d", text) or re.search(r"[^\W\d_]{4}", text)):
         text = text.casefold()
     if text[:1] not in "([{":

@@ -166,6 +166,8 @@ class Comparison(ABC):
     def _same_equation_or_value(self, gold: str, answer: str) -> bool:
         g_parts, a_parts = split(gold, "="), split(answer, "=")
         if len(g_parts) > 1:
+            if sorted(map(fold, g_parts)) == sorted(map(fold, a_parts)):
+                return True
             return len(g_parts) == len(a_parts) == 2 and self.ratio(*g_parts, *a_parts) != 0
         if len(a_parts) > 1 and len(a_parts[0]) < 40 and LABEL.fullmatch(a_parts[0]):
             del a_parts[0]
@@ -218,4 +220,4 @@ def _name(label: str) -> str:
     """`f(x)` and `y`, `x` and `x_{1}` have one name."""
     label = re.sub(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2", label)
     label = re.sub(r"^\s*[fgh] ?\( ?x ?\)\s*$", "y", label)
-    return re.sub(r"\([A-Za-z]\)|_(?:\{[^{}]*\}|\w)|[\s{}]", "", label)
+    return re.sub(r"\([A-Za-z]\)|_(?:\{\d+\}|\d)|[\s{}]", "", label)

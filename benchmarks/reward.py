@@ -1,0 +1,159 @@
+"""
+How fast rewards are: `hfrrf` against TRL's `accuracy_reward`, math-verify and plain string equality.
+
+```shell
+python benchmarks/reward.py [--repeats 5]
+```
+
+2,000 completions in groups of 16 with 3,000 tokens of thinking and mixed kinds of answers, a tenth of them wrong or
+broken; then the same with another tenth hostile. All graders in turns in one process, after one warm-up of each. Those
+that know no format get the same format check as ours, and the text inside the answer tags. Prints Markdown tables.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import random
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from math import ceil
+from statistics import median
+from time import perf_counter
+
+from math_verify import parse, verify
+from trl.rewards import accuracy_reward
+
+from vision_r1_recipes import grading, workers
+from vision_r1_recipes.rewards import hfrrf, parse_format
+
+
+GROUPS, GROUP, THINKING = 125, 16, 3000
+# gold: right answers, wrong answers; by the shares that Vision-R1-rl's sources suggest
+KINDS = [
+    (5, lambda n: ("ABCD"[n % 4], ["{0}", "{0}. {1}", "({0})", "option {0}."], ["ABCD"[(n + 1) % 4], "A or B"])),
+    (4, lambda n: (str(n), ["{0}", "x = {0}", "{0}.0", "${0}$"], [str(n + 1), f"{n} or {n + 1}", f"-{n}"])),
+    (2, lambda n: (f"{n}.5", ["{0}", "{0}0", rf"\frac{{{2 * n + 1}}}{{2}}"], [f"{n}.4", str(n)])),
+    (2, lambda n: (f"{n} cm", ["{0}", str(n), rf"{n}\text{{ cm}}", f"{10 * n} mm"], [f"{n} m", f"{n + 1} cm"])),
+    (3, lambda n: (rf"{n} \sqrt {{ 3 }}", [rf"{n}\sqrt{{3}}", f"{n}√3", rf"\sqrt{{{3 * n * n}}}"], [f"{n}√2", "3"])),
+    (1, lambda n: (rf"{n} \pi", [rf"{n}\pi", f"{n}π", rf"\pi \cdot {n}"], [rf"{n + 1}\pi", f"{3.14 * n:.2f}"])),
+    (1, lambda n: (f"2x+{n}", ["{0}", f"{n}+2x", f"y = 2x + {n}"], [f"2x-{n}", f"x+{n}"])),
+    (1, lambda n: (f"({n}, {n + 3})", ["{0}", rf"\left({n}, {n + 3}\right)"], [f"({n + 3}, {n})", str(n)])),
+    (1, lambda n: ("Yes", ["Yes", "yes.", "Yes, it is."], ["No", "Yes or no"])),
+]
+BROKEN = ["<think>{0}</think>{1}", "{0}<answer>{1}</answer>", "<think>{0}</think><answer>{1}", "<think>{0}"]
+HOSTILE = [
+    "9^{{9^{{9^{{{n}}}}}}}",
+    "{n}99999999!",
+    r"\binom{{9999999{n}}}{{4444444{n}}}",
+    "(" * 500 + "{n}" + ")" * 500,
+    "{n}" + "1+" * 5000 + "1",
+    r"\int_0^{{{n}}} \sin(\cos(\tan(x^x))) dx",
+    "{n}9" * 3000,
+    "e^{{e^{{e^{{e^{{{n}}}}}}}}}",
+]
+
+
+def completions(hostile: bool) -> tuple[list[list[dict]], list[str]]:
+    rng = random.Random(0)
+    texts, golds = [], []
+    for _ in range(GROUPS):
+        make = rng.choices([kind for _, kind in KINDS], [share for share, _ in KINDS])[0]
+        gold, right, wrong = make(rng.randint(2, 60))
+        for _ in range(GROUP):
+            thinking = "so the angle is 40, wait, " * (THINKING // 8)
+            answer = rng.choice(right).replace("{0}", gold).replace("{1}", "of it")
+            if rng.random() < 0.05:
+                text = rng.choice(BROKEN).format(thinking, answer)
+            else:
+                answer = rng.choice(wrong) if rng.random() < 0.05 / 0.95 else answer
+                if hostile and rng.random() < 0.1:
+                    answer = rng.choice(HOSTILE).format(n=rng.randint(2, 60))
+                text = f"<think>{thinking}</think><answer> Final Answer:{answer} </answer>"
+            texts.append([{"role": "assistant", "content": text}])
+            golds.append(gold)
+    return texts, golds
+
+
+def with_format(grade: Callable) -> Callable:
+    """A grader of (gold, answer) pairs behind our format check."""
+
+    def rewards(texts, golds):
+        answers = [parse_format(text[0]["content"]) for text in texts]
+        return [float(a is not None and bool(grade(g, a))) for g, a in zip(golds, answers, strict=True)]
+
+    return rewards
+
+
+def in_dollars(gold: str, answer: str) -> bool:
+    return verify(parse(f"${gold}$"), parse(f"${answer}$"))
+
+
+def trl_reward(texts, golds):
+    """TRL's reward reads the whole completion and wants `$...$` in it and in the gold: it gets the best form."""
+    answers = [parse_format(text[0]["content"]) for text in texts]
+    texts = [[{"role": "assistant", "content": f"${answer}$" if answer else ""}] for answer in answers]
+    return accuracy_reward(texts, [f"${gold}$" for gold in golds])
+
+
+GRADERS = {
+    "plain string equality": with_format(lambda gold, answer: gold == answer),
+    "math-verify, bare": with_format(lambda gold, answer: verify(parse(gold), parse(answer))),
+    "math-verify, both in `$...$`": with_format(in_dollars),
+    "TRL `accuracy_reward`": trl_reward,
+    "`hfrrf`": lambda texts, golds: hfrrf(texts, golds),
+}
+
+
+def clear() -> None:
+    """Each repeat starts with cold caches: the workers' too."""
+    for cached in (grading._ask, grading.check_gold, grading._unparseable, grading.clean):
+        cached.cache_clear()
+    grading.POOL.stop()
+    grading.POOL.map(lambda pair: grading.POOL.ask("same", *pair), [("x+1", "1+x")] * grading.POOL.size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    logging.disable()
+    names = ", ".join(f"{name} {version(name)}" for name in ("trl", "math-verify", "sympy"))
+    print(f"{date.today()}, {names}, Python {platform.python_version()}, {os.cpu_count()} cores\n")
+    for hostile in (False, True):
+        texts, golds = completions(hostile)
+        seconds = {name: [] for name in GRADERS}
+        right = {}
+        for _ in range(args.repeats if not hostile else 1):
+            for name, grader in GRADERS.items():
+                clear()
+                start = perf_counter()
+                right[name] = sum(reward or 0 for reward in grader(texts, golds))
+                seconds[name].append(perf_counter() - start)
+        ours = seconds["`hfrrf`"]
+        print(f"\n{'With a hostile tenth' if hostile else 'A tenth wrong or broken'}\n")
+        print("| grader | completions/s | `hfrrf` is faster by | rewarded |\n|---|---|---|---|")
+        for name, spent in seconds.items():
+            ratios = [theirs / mine for theirs, mine in zip(spent, ours, strict=True)]
+            print(
+                f"| {name} | {len(texts) / median(spent):,.0f} | {median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f}) | {right[name] / len(texts):.1%} |",
+                flush=True,
+            )
+        if hostile:
+            logged = {}
+            clear()
+            start = perf_counter()
+            hfrrf(texts, golds, log_metric=logged.__setitem__)
+            took, lost = perf_counter() - start, logged["grader_timeouts"]
+            different = len({(g, parse_format(t[0]["content"])) for t, g in zip(texts, golds, strict=True)})
+            print(
+                f"\n`hfrrf`: {took:.1f} s a call, {different} different pairs of gold and answer, {lost:.0f} completions "
+                f"given up on; bound for them ceil({lost:.0f} / {grading.POOL.size}) x {workers.CPU_SECONDS} s = "
+                f"{ceil(lost / grading.POOL.size) * workers.CPU_SECONDS:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
