@@ -55,12 +55,12 @@ HOSTILE = [
 ]
 
 
-def completions(hostile: bool) -> tuple[list[list[dict]], list[str]]:
-    rng = random.Random(0)
+def completions(hostile: bool, seed: int) -> tuple[list[list[dict]], list[str]]:
+    rng = random.Random(seed)
     texts, golds = [], []
     for _ in range(GROUPS):
         make = rng.choices([kind for _, kind in KINDS], [share for share, _ in KINDS])[0]
-        gold, right, wrong = make(rng.randint(2, 60))
+        gold, right, wrong = make(rng.randint(2, 999))
         for _ in range(GROUP):
             thinking = "so the angle is 40, wait, " * (THINKING // 8)
             answer = rng.choice(right).replace("{0}", gold).replace("{1}", "of it")
@@ -106,14 +106,6 @@ GRADERS = {
 }
 
 
-def clear() -> None:
-    """Each repeat starts with cold caches: the workers' too."""
-    for cached in (grading._ask, grading.check_gold, grading._unparseable, grading.clean):
-        cached.cache_clear()
-    grading.POOL.stop()
-    grading.POOL.map(lambda pair: grading.POOL.ask("same", *pair), [("x+1", "1+x")] * grading.POOL.size)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -121,38 +113,36 @@ def main() -> None:
     logging.disable()
     names = ", ".join(f"{name} {version(name)}" for name in ("trl", "math-verify", "sympy"))
     print(f"{date.today()}, {names}, Python {platform.python_version()}, {os.cpu_count()} cores\n")
+    for grader in GRADERS.values():
+        grader(*completions(False, seed=-1))
     for hostile in (False, True):
-        texts, golds = completions(hostile)
         seconds = {name: [] for name in GRADERS}
-        right = {}
-        for _ in range(args.repeats if not hostile else 1):
+        rewarded = dict.fromkeys(GRADERS, 0.0)
+        repeats = 1 if hostile else args.repeats
+        for repeat in range(repeats):
+            texts, golds = completions(hostile, seed=repeat)
             for name, grader in GRADERS.items():
-                clear()
                 start = perf_counter()
-                right[name] = sum(reward or 0 for reward in grader(texts, golds))
+                rewarded[name] += sum(reward or 0 for reward in grader(texts, golds)) / len(texts) / repeats
                 seconds[name].append(perf_counter() - start)
         ours = seconds["`hfrrf`"]
         print(f"\n{'With a hostile tenth' if hostile else 'A tenth wrong or broken'}\n")
-        print("| grader | completions/s | `hfrrf` is faster by | rewarded |\n|---|---|---|---|")
+        print("| grader | completions/s | seconds of `hfrrf` / seconds | rewarded |\n|---|---|---|---|")
         for name, spent in seconds.items():
             ratios = [theirs / mine for theirs, mine in zip(spent, ours, strict=True)]
             print(
-                f"| {name} | {len(texts) / median(spent):,.0f} | {median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f}) | {right[name] / len(texts):.1%} |",
+                f"| {name} | {len(texts) / median(spent):,.0f} | {1 / median(ratios):.2f} ({1 / max(ratios):.2f} to "
+                f"{1 / min(ratios):.2f}) | {rewarded[name]:.1%} |",
                 flush=True,
             )
-        if hostile:
-            logged = {}
-            clear()
-            start = perf_counter()
-            hfrrf(texts, golds, log_metric=logged.__setitem__)
-            took, lost = perf_counter() - start, logged["grader_timeouts"]
-            different = len({(g, parse_format(t[0]["content"])) for t, g in zip(texts, golds, strict=True)})
-            print(
-                f"\n`hfrrf`: {took:.1f} s a call, {different} different pairs of gold and answer, {lost:.0f} completions "
-                f"given up on; bound for them ceil({lost:.0f} / {grading.POOL.size}) x {workers.CPU_SECONDS} s = "
-                f"{ceil(lost / grading.POOL.size) * workers.CPU_SECONDS:.0f} s"
-            )
+    texts, golds = completions(True, seed=1)
+    logged, start = {}, perf_counter()
+    hfrrf(texts, golds, log_metric=logged.__setitem__)
+    took, lost, size = perf_counter() - start, round(logged["grader_timeouts"]), grading.POOL.size
+    print(
+        f"\n`hfrrf`, a hostile tenth: {took:.1f} s for a call, {lost} completions given up on; at most "
+        f"ceil({lost} / {size}) x {workers.CPU_SECONDS} s = {ceil(lost / size) * workers.CPU_SECONDS:.0f} s for them"
+    )
 
 
 if __name__ == "__main__":

@@ -530,8 +530,8 @@ SCRIPT = """
 import multiprocessing, os, sys, threading, time
 from vision_r1_recipes import grading
 assert not {"torch", "trl", "transformers", "sympy", "math_verify"} & set(sys.modules), "imports stay light"
-def one(gold=r"2\\sqrt{3}"):
-    verdict = grading.grade(gold, r"\\sqrt{12}")
+def one(answer="x+x+1"):
+    verdict = grading.grade("2x+1", answer)
     pids = [worker.process.pid for worker in grading.POOL.workers if worker.process]
     print(*pids, verdict, flush=True)
 if __name__ == "__main__":
@@ -539,7 +539,7 @@ if __name__ == "__main__":
     one()
     thread = threading.Thread(target=one); thread.start(); thread.join()
     for method in ("fork", "spawn"):
-        child = multiprocessing.get_context(method).Process(target=one, args=(r"\\sqrt{2^2 \\cdot 3}",))
+        child = multiprocessing.get_context(method).Process(target=one, args=("x+1+x",))
         child.start(); child.join()
     if sys.argv[1] == "raise":
         raise KeyboardInterrupt
@@ -592,7 +592,7 @@ from PIL import Image
 from vision_r1_recipes import VisionGRPOConfig, VisionGRPOTrainer, hfrrf
 from vision_r1_recipes.grading import POOL
 
-ANSWERS = [r"\sqrt{12}", r"2\cdot 3^{1/2}", r"\sqrt{13}", r"\binom{99999999}{44444444}"]
+ANSWERS = ["1+2x", "x+x+1", "2x+3", r"\binom{99999999}{44444444}"]
 
 def reward(completions, **kwargs):  # the model can't answer yet: answers that only sympy can tell
     texts = [f"<think>a</think><answer>{ANSWERS[i % 4]}</answer>" for i in range(len(completions))]
@@ -602,7 +602,7 @@ def reward(completions, **kwargs):  # the model can't answer yet: answers that o
 
 question = [{"role": "user", "content": "How long is it?"}]
 rows = Dataset.from_list(
-    [{"prompt": question, "image": Image.new("RGB", (84, 84)), "solution": r"2 \sqrt { 3 }"}] * 8
+    [{"prompt": question, "image": Image.new("RGB", (84, 84)), "solution": "2x+1"}] * 8
 )
 args = VisionGRPOConfig(
     output_dir=sys.argv[2], stages=[{"max_completion_length": 8, "num_generations": 4, "steps": 2}],
@@ -638,7 +638,9 @@ def _grade_hard(rows):
     return [grade(*row) for row in rows]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))]
+)
 def test_under_multiprocessing(method):
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(_grade_hard, [HARD[:3], HARD[3:6]]) == [[True] * 3] * 2

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from driver import fixed_completions, length_is_even
-from vision_r1_recipes import checkpoints, data, grpo, recipe, rewards, sft, trainers
+from vision_r1_recipes import checkpoints, data, evaluate, grpo, recipe, rewards, sft, trainers
 from vision_r1_recipes.ptst import Stage
 from vision_r1_recipes.recipe import RecipeError
 from vision_r1_recipes.trainers import VisionGRPOTrainer, VisionSFTTrainer, _Rollouts, collapse_runs, vision_modules
@@ -708,6 +708,34 @@ def test_the_start_probe(recipes, tmp_path, capsys, rewarding):
     with pytest.raises(RecipeError, match=r"ran into the cap of 8 tokens.*`probe_prompts: 0`"):
         grpo.main([*run, str(tmp_path / "short"), "--probe_prompts", "3"])
     assert not (tmp_path / "short/model.safetensors").exists()
+
+
+def test_a_template_that_opens_the_thinking(recipes, toy, tmp_path, monkeypatch):
+    """Rewards and evaluation hear of the `<think>` that the generation prompt holds, from the one place that knows."""
+    shutil.copytree(toy / "model", tmp_path / "model")
+    processor = data.load_processor(str(tmp_path / "model"))
+    assert data.generation_prefix(processor) == ""
+    processor.chat_template = processor.chat_template.replace(
+        "<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%"
+    )
+    processor.save_pretrained(tmp_path / "model")
+    processor = data.load_processor(str(tmp_path / "model"))
+    assert data.generation_prefix(processor) == "<think>"
+    heard = []
+
+    def reward(completions, generation_prefix, **kwargs):
+        heard.extend(generation_prefix)
+        return [float(len(prefix) % 2) for prefix in generation_prefix]
+
+    monkeypatch.setitem(grpo.REWARDS, "hfrrf", [reward])
+    run = ["--model_name_or_path", str(tmp_path / "model"), "--stop_after_rollouts", "1"]
+    grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path / "run"), *run])
+    assert heard == ["<think>"] * 32
+    model = evaluate.load_model(str(tmp_path / "model"))
+    evaluate.set_sampling(model, processor, 4, 0.0, 1.0)
+    rows, _ = data.load_rows([{"path": str(toy / "rl"), "limit": 2}], "rl", processor)
+    made = evaluate.complete(model, processor, rows, batch_size=2)
+    assert all(row["completion"].startswith("<think>") for row in made)
 
 
 def test_collapse_runs():

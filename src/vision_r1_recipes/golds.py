@@ -1,4 +1,4 @@
-"""What the gold answers of a dataset are like, before they become a reward: `python -m vision_r1_recipes.rewards check`."""
+"""What the gold answers of a dataset are like, before training: `python -m vision_r1_recipes.rewards check`."""
 
 import argparse
 import re
@@ -57,7 +57,7 @@ def doubts(gold: str) -> list[str]:
 
 
 def answers_of(row: dict) -> str | None:
-    """The gold answer of a row in any layout that recipes read; `None` where a chain of thought has no right format."""
+    """The gold answer of a row in any layout; `None` where a chain of thought has no right format."""
     for column in ("solution", "answer"):
         if column in row:
             return row[column] if row[column] is None else str(row[column])

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 
 from .quantities import equal_numbers, number, quantity, same_number
-from .spelling import OPTION, clean, fold, letter_of, letters_of, strip_prefix, yes_or_no
-from .structure import Comparison
+from .spelling import FORMULA, OPTION, clean, fold, letter_of, letters_of, strip_prefix, yes_or_no
+from .structure import Comparison, items_of
 from .workers import LOST, Pool
 
 
@@ -51,9 +51,9 @@ def check_gold(gold: str) -> str | None:
         return "empty"
     if text.count("{") != text.count("}"):
         return "unbalanced braces"
-    if len(gold) > MAX_TEXT or _is_words(text) or _costly(text):
+    if len(gold) > MAX_TEXT or _is_text(text) or _costly(text):
         return None
-    if letter_of(text) or same_number(text, text) is not None:
+    if letter_of(text) or all(same_number(item, item) is not None for item in items_of(text)[1]):
         return None
     reply = _unparseable(text)
     return None if reply is LOST or not reply else f"not parseable as mathematics: {reply!r}"
@@ -65,9 +65,13 @@ def _unparseable(gold: str) -> str | object | None:
 
 
 def needs_equal_text(text: str) -> bool:
-    """Whether a cleaned gold is words, a date, a range, or mathematics too large to calculate with."""
-    words = _is_words(text) or re.fullmatch(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+", text) is not None
-    return words or _costly(text) or _unparseable(text) is LOST
+    """Whether a cleaned gold is no mathematics, or too large to calculate with."""
+    return _is_text(text) or _costly(text) or _unparseable(text) is LOST
+
+
+def _is_text(text: str) -> bool:
+    """Whether a cleaned gold is words, a molecule, a date or a range."""
+    return _is_words(text) or (FORMULA.fullmatch(text) or _DATE.fullmatch(text)) is not None
 
 
 def _is_words(text: str) -> bool:
@@ -91,8 +95,9 @@ def grade_all(golds: Sequence[str], answers: Sequence[str | None]) -> list[bool 
     `workers.CPU_SECONDS` and what the others need.
     """
     pairs = dict.fromkeys(zip(golds, answers, strict=True))
-    for gold in dict.fromkeys(golds):
-        if reason := check_gold(gold):
+    different = list(dict.fromkeys(golds))
+    for gold, reason in zip(different, POOL.map(check_gold, different), strict=True):
+        if reason:
             raise ValueError(f"this gold answer can't be graded ({reason}): {str(gold)[:200]!r}")
     hard = {}
     for gold, answer in pairs:
@@ -171,12 +176,13 @@ class _WithoutSympy(Comparison):
 _WITHOUT_SYMPY = _WithoutSympy()
 
 
+_DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
 _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
-# `The area is `, `\u9762\u79ef\u662f`: what a model says before the value
+# `The area is `, `面积是`: what a model says before the value
 _SENTENCE = re.compile(
     rf"{_NO_DOUBT}[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){{0,80}}? "
     r"(?:is|are|equals|was|has|have|makes?|costs?|weighs?|measures?|earns?|needs?|takes?)(?: equal to)?:? "
     r"(?=[-+$(\[\d\\.])"
-    r"|[\u4e00-\u9fff]{1,10}(?<!\u4e0d)[\u662f\u4e3a](?=[-\d\\])"
+    r"|[\u4e00-\u9fff]{1,10}(?<!不)[是为](?=[-\d\\])"
 )
 _ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")  # `, since it is a square`

@@ -157,8 +157,6 @@ def unparseable(gold: str) -> str | None:
         for part in split(item, RELATION.pattern):
             value = quantity(part.strip())[0]
             words = re.search(r"[^\W\d_]{4}", re.sub(r"\\[A-Za-z]+", "", value))
-            if r"\begin" in value or _ION.fullmatch(value):
-                continue
             plain = (
                 _TEXT_ONLY.search(value)
                 or _NAME.match(value)

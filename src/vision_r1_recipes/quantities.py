@@ -5,7 +5,6 @@ import re
 import unicodedata
 from decimal import Decimal
 from fractions import Fraction
-from math import isqrt
 
 from .spelling import without_brackets
 
@@ -27,9 +26,11 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _WORDS |= {"half": Fraction(1, 2)}
+_CHINESE = "零一二两三四五六七八九十百千"
+_IN_CHINESE = re.compile(f"[{_CHINESE}]{{1,8}}(?:分之[{_CHINESE}]{{1,8}})?")
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_MULTIPLES |= {"\u5341": 10, "\u767e": 100, "\u5343": 1000, "\u4e07": 10**4, "\u4ebf": 10**8}
+_MULTIPLES |= {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _MULTIPLE = re.compile(rf"([+-]?) ?({_DEC}) ?({'|'.join(_MULTIPLES)})", re.I)
 
 
@@ -70,9 +71,9 @@ def _in_words(text: str) -> Fraction | None:
 
 
 def _in_chinese(text: str) -> Fraction | None:
-    """Value of `\u5341\u4e94` or `\u4e8c\u5206\u4e4b\u4e00`, up to 9999."""
-    if "\u5206\u4e4b" in text:
-        bottom, top = map(_in_chinese, text.split("\u5206\u4e4b", 1))
+    """Value of `十五` or `二分之\u4e00`, up to 9999."""
+    if "分之" in text:
+        bottom, top = map(_in_chinese, text.split("分之", 1))
         return top / bottom if top is not None and bottom else None
     total, digit = 0, 0
     for char in text:
@@ -84,22 +85,17 @@ def _in_chinese(text: str) -> Fraction | None:
     return Fraction(total + digit)
 
 
+@functools.lru_cache(maxsize=4096)
 def number(text: str) -> Fraction | Decimal | None:
     """Exact value of a plain number; a `Decimal` where the digits are too many to calculate with."""
     text = without_brackets(text)
+    if _IN_CHINESE.fullmatch(text):
+        return _in_chinese(text)
     if len(text) < 60 and text[:1].isalpha():
         if m := re.match(r"(?:minus|negative) (?=[\da-z\\.])", text, re.I):
             value = number(text[m.end() :])
             return None if value is None or value < 0 else -value
         return _in_words(text) if re.fullmatch(r"[A-Za-z]+(?:[ -][A-Za-z]+)*", text) else None
-    if (
-        re.fullmatch(
-            "[\u96f6\u4e00\u4e8c\u4e24\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343\u5206\u4e4b]{1,12}",
-            text,
-        )
-        and text[0] not in "\u5206\u4e4b"
-    ):
-        return _in_chinese(text)
     if m := _MULTIPLE.fullmatch(text):
         return _decimal(m[1] + m[2]) * _MULTIPLES[m[3].lower()]
     if m := re.fullmatch(r"10 ?\^ ?\{ ?([+-]?\d+) ?\}", text):
@@ -125,17 +121,20 @@ def number(text: str) -> Fraction | Decimal | None:
 _TIMES = r"(?: ?(?:\\cdot|\\times|\*))? ?"
 _PRODUCT = re.compile(
     rf"([+-]?) ?(?:({_DEC})|\\frac ?\{{ ?(\d+) ?\}} ?\{{ ?(\d+) ?\}})?{_TIMES}"
-    rf"(?:\\sqrt ?\{{ ?(\d{{1,6}}) ?\}})?{_TIMES}(\\pi)? ?(?:/ ?(\d+))?"
+    rf"(?:\\sqrt ?\{{ ?(\d{{1,8}}) ?\}})?{_TIMES}(\\pi)? ?(?:/ ?(\d+))?"
 )
+_PI_FIRST = re.compile(rf"^\\pi{_TIMES}(?=[\d\\])(.+)$")
 _ARGUMENT = r" ?\{((?:[^{}]|\{[^{}]*\})*)\}"
 _QUOTIENT = re.compile(rf"([+-]?) ?\\frac{_ARGUMENT}{_ARGUMENT}")
 
 
+@functools.lru_cache(maxsize=4096)
 def surd(text: str) -> tuple[Fraction, int, int] | None:
     """`(a, b, c)` of `a \\sqrt{b} \\pi^c`, `b` square-free, for such a product or a quotient of two: the usual answers
     in geometry, exactly and without sympy."""
     if len(text) > 60:
         return None
+    text = _PI_FIRST.sub(r"\1 \\pi", text)
     if m := _PRODUCT.fullmatch(text):
         sign, decimal, top, bottom, radicand, pi, divisor = m.groups()
         numbers = [int(n or 1) for n in (bottom, radicand, divisor)]
@@ -156,11 +155,13 @@ def surd(text: str) -> tuple[Fraction, int, int] | None:
 @functools.lru_cache(maxsize=4096)
 def _square_free(n: int) -> tuple[int, int]:
     """`(a, b)` with `n = a^2 b` and a square-free `b`."""
-    root = 1
-    for factor in range(2, min(isqrt(n), 1000) + 1):
-        while n % factor**2 == 0:
-            root, n = root * factor, n // factor**2
-    return root, n
+    root, inside, factor = 1, 1, 2
+    while factor * factor <= n:
+        power = 0
+        while n % factor == 0:
+            n, power = n // factor, power + 1
+        root, inside, factor = root * factor ** (power // 2), inside * factor ** (power % 2), factor + 1
+    return root, inside * n
 
 
 # -------- units
@@ -179,8 +180,8 @@ time: +s sec +second 秒 秒钟 = 1; min minute 分钟 = 60; h hr hour 小时 = 
 month: month 个月 = 1; year yr 年 = 12; decade = 120; century centurie = 1200 | radian: rad radian = 1
 angle: ° degree deg 度 = 1 | percent: % percent percentage pct = 1; permille = 0.1 | kelvin: K kelvin = 1
 amount: +mol mole = 1
-celsius: °C celsius 摄氏度 = 1 | fahrenheit: °F fahrenheit = 1 | none: unit = 1 | data: bit = 1; byte B = 8; KB kilobyte = 8000; MB megabyte = 8000000; GB gigabyte = 8000000000
-data: TB terabyte = 8000000000000
+celsius: °C celsius 摄氏度 = 1 | fahrenheit: °F fahrenheit = 1 | none: unit = 1 | data: bit = 1
+data: byte B = 8; KB kilobyte = 8000; MB megabyte = 8000000; GB gigabyte = 8000000000; TB terabyte = 8000000000000
 dollar: $ dollar usd US$ = 1; cent ¢ = 0.01 | euro: € euro EUR = 1 | yuan: ¥ yuan 元 RMB CNY = 1; 角 = 0.1
 sterling: £ GBP = 1; pence = 0.01 | rupee: ₹ rupee = 1 | yen: yen JPY = 1 | revolution: rev revolution = 1
 voltage: +V +volt 伏 伏特 = 1 | charge: +C +coulomb = 1
@@ -209,11 +210,12 @@ _UNIT_TOKEN = re.compile(
     r"(?: ?\^ ?\{?(-?[1-9])\}?)?| ?(/)| ?[.*]"
 )
 _ATTACHED = "mgsLhNJWVΩK"  # one letter without a space is a unit and not a factor
+_NOUN = re.compile(r"[a-z]{3,}(?:[ -][a-z]{3,}){0,2}|[\u4e00-\u9fff]{1,4}")
 _NOT_A_NOUN = re.compile(
     r"\b(?:or|and|not|no|never|to|than|about|over|under|less|more|fewer|least|most|up|down|but|except|if|is|are|was|"
     r"wrong|false|incorrect|maybe|nope|nor|none|isn|cannot|minus|plus|times|half|each|per|squared|cubed|divided|by|"
     r"hundred|thousand|million|billion|trillion|dozen|root|pi|sqrt|square|cube|percent)\b"
-    r"|[\u6216\u4e0d\u548c\u5230\u81f3\u591a\u5c11\u4e07\u5343\u767e\u5341\u4ebf\u534a\u5206\u500d\u975e\u6ca1]"
+    r"|[或不和到至多少万千百十亿半分倍非没]"
 )
 _AROUND = re.compile(
     r"^in (?:total|all)$| ?\b(?:in total|in all|altogether|total|long|wide|tall|high|deep|old|approx)$"
@@ -251,9 +253,11 @@ def _unit(text: str) -> tuple[tuple[str, ...], Fraction] | None:
     return tuple(f"{d}^{p}" for d, p in sorted(powers.items()) if p), factor
 
 
+_BEFORE_UNIT = re.compile(rf"(?:(?<=[\d}})\].万亿{_CHINESE}])(?P<gap> ?-?)|(?<=[a-z]) )(?=[^\W\d_]|[°%$€£¥¢₹])")
 DEGREE, RADIAN = _unit("°"), _unit("rad")
 
 
+@functools.lru_cache(maxsize=4096)
 def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset | None]:
     """Value and unit of one answer; the unit is `None` (none given), known (see `_unit`), or a noun's set of words.
 
@@ -264,25 +268,19 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
     if m := re.match(r"(-?) ?(US\$|[$€£¥¢₹]|RMB) ?(?=[\d.])", text):
         rest = text[m.end() :]
         return m[1] + (rest if rest == (cut := re.sub(r" ?(?:dollars?|USD)$", "", rest)) else cut), _unit(m[2])
-    for m in re.finditer(r"(?:(?<=[\d})\].\u4e07\u4ebf])(?P<gap> ?-?)|(?<=[a-z]) )(?=[^\W\d_]|[°%$€£¥¢₹])", text):
+    for m in _BEFORE_UNIT.finditer(text):
         value, rest = text[: m.start()], text[m.end() :]
-        factor = len(rest) == 1 and m["gap"] == "" and rest.isalpha() and rest not in _ATTACHED and not attached
-        if rest[:1] == "°" and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value):
-            continue
-        if len(rest) > 60 or (factor and rest.isascii()) or not (re.search(r"\d|\\pi", value) or _in_words(value)):
+        factor = m["gap"] == "" and re.fullmatch(f"(?![{_ATTACHED}])[A-Za-z]", rest) and not attached
+        of_angle = rest.startswith("°") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
+        if len(rest) > 60 or factor or of_angle or not (re.search(r"\d|\\pi", value) or number(value)):
             continue
         if unit := _unit(rest):
             return value, unit if unit[0] else None
         rest = _AROUND.sub("", rest)
         if (unit := _unit(rest)) and number(value) is not None:
             return value, unit if unit[0] else None
-        noun = re.fullmatch(r"[a-z]{3,}(?:[ -][a-z]{3,}){0,2}|[\u4e00-\u9fff]{1,4}", rest)
-        if (
-            noun
-            and number(value) is not None
-            and (m["gap"] != "" or not rest.isascii())
-            and not _NOT_A_NOUN.search(rest)
-        ):
+        noun = _NOUN.fullmatch(rest) and not _NOT_A_NOUN.search(rest) and (m["gap"] != "" or not rest.isascii())
+        if noun and number(value) is not None:
             return value, frozenset(word.rstrip("s") for word in re.split("[ -]", rest))
     return text, None
 
@@ -292,9 +290,8 @@ def _compound(text: str) -> tuple[Fraction, tuple] | None:
     if len(text) > 60:
         return None
     if m := re.fullmatch(r"(-?\d+) ?° ?(\d+)'(?: ?(\d+)'')?", text):
-        return Fraction(m[1]) + Fraction(int(m[2]) * 60 + int(m[3] or 0), 3600 if m[1][0] != "-" else -3600), _unit(
-            "°"
-        )
+        part = Fraction(int(m[2]) * 60 + int(m[3] or 0), 3600)
+        return Fraction(m[1]) + (-part if m[1][0] == "-" else part), DEGREE
     parts = re.findall(rf"({_DEC}) ?([A-Za-z]+\.?|[\u4e00-\u9fff]+?(?=\d|$))(?:,? and |, ?| |(?=\d)|$)", text)
     if len(parts) < 2 or re.sub(r"[\s,]|\band\b", "", text) != re.sub(r"[\s,]", "", "".join(map("".join, parts))):
         return None
@@ -307,6 +304,7 @@ def _compound(text: str) -> tuple[Fraction, tuple] | None:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def _measure(text: str, attached: bool = False) -> tuple[Fraction | Decimal | None, tuple | frozenset | None]:
     if found := _compound(text):
         return found

@@ -74,8 +74,11 @@ def hfrrf(
     Raises:
         `ValueError`: a gold can't be graded (see [`check_gold`]).
     """
-    formats = format_reward(completions, generation_prefix, log_metric)
-    right = accuracy_reward(completions, solution, generation_prefix, log_metric)
+    texts = _texts(completions, generation_prefix)
+    answers = [parse_format(text) for text in texts]
+    formats = [float(answer is not None) for answer in answers]
+    _log(log_metric, "format_rate", formats)
+    right = _accuracy(texts, answers, solution, log_metric)
     return [form * answer for form, answer in zip(formats, right, strict=True)]
 
 
@@ -103,8 +106,12 @@ def accuracy_reward(
 
     The answer is taken from the last `<answer> ... </answer>` where the format is wrong.
     """
-    answers = [parse_format(text) or _last_answer(text) for text in _texts(completions, generation_prefix)]
-    verdicts = grade_all(solution, answers)
+    texts = _texts(completions, generation_prefix)
+    return _accuracy(texts, [parse_format(text) for text in texts], solution, log_metric)
+
+
+def _accuracy(texts: list[str], answers: list[str | None], solution: Sequence[str], log_metric) -> list[float]:
+    verdicts = grade_all(solution, [a or _last_answer(text) for a, text in zip(answers, texts, strict=True)])
     rewards = [float(verdict is True) for verdict in verdicts]
     _log(log_metric, "accuracy_rate", rewards)
     _log(log_metric, "grader_timeouts", [verdicts.count(None)])

@@ -15,7 +15,8 @@ _SIGNS = {
     "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "θ": "theta", "λ": "lambda", "μ": "mu", "π": "pi",
     "ρ": "rho", "σ": "sigma", "φ": "phi", "ω": "omega", "τ": "tau", "ε": "epsilon", "η": "eta", "κ": "kappa",
     "ν": "nu", "ξ": "xi", "χ": "chi", "ψ": "psi", "ζ": "zeta", "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta",
-    "Λ": "Lambda", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "ℏ": "hbar", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
+    "Λ": "Lambda", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "ℏ": "hbar",
+    "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
 }  # fmt: skip
 _CHARS = {sign: f"\\{name} " for sign, name in _SIGNS.items()}
 _CHARS |= dict.fromkeys("\u2212\u2013\u2014\u2012\u2010\ufe63", "-")
@@ -45,6 +46,7 @@ _SUBST = [
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: f"^{{{m[0].translate(_SUPER)}}}"),
     (r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}"),
 ]
+_SUBST = [(re.compile(pattern), new) for pattern, new in _SUBST]
 _LATEX = [
     (r",\s*\\!\s*", ","),
     (r"(?<!\\)\\[()\[\]]", " "),
@@ -103,7 +105,7 @@ _LATEX = [
 _LATEX = [(re.compile(pattern), new) for pattern, new in _LATEX]
 # Most answers are plain: what none of these is in, no rule above can change.
 _DRESSED = re.compile(
-    r"[\\`*~^_{!<>=°-]|sqrt|arc|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|inf|oo|angle|\d ?[AaPp]\.? ?[Mm]"
+    r"[\\`*~^_{!<>=°-]|sqrt|arc|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|inf|oo|ngle|//|out of|\d ?[AaPp]\.? ?[Mm]"
 )
 
 # -------- what stands around an answer
@@ -150,29 +152,43 @@ def without_brackets(text: str) -> str:
     return text
 
 
+_END_OF_TURN = re.compile(r"\s*<\|[a-z_]{1,20}\|>$")
+_EMPHASISED_LABEL = re.compile(r"^(\*{1,2}|_{1,2})([^*_\n]{1,30}:)\1\s*")
+_FINAL_STOP = re.compile(r"[^.]\.$|[^\\][,;]$|[A-Za-z]{2}!$|！$")
+_NO_LEAD_IN = re.compile(r"\d|\bor\b|\bnot\b|\\")
+
+
 def _unwrap(text: str) -> str:
-    text = re.sub(r"\s*<\|[a-z_]{1,20}\|>$", "", text.strip()).removesuffix("。").rstrip()
-    text = re.sub(r"^(\*{1,2}|_{1,2})([^*_\n]{1,30}:)\1\s*", r"\2 ", text)
-    text = re.sub(r"^\\boxed\s+(\S+)$", r"\1", text.replace(r"\fbox", r"\boxed") if r"\fbox" in text else text)
-    if re.search(r"[^.]\.$|[^\\][,;]$|[A-Za-z]{2}!$|！$", text):
+    text = _END_OF_TURN.sub("", text.strip()).removesuffix("。").rstrip()
+    text = _EMPHASISED_LABEL.sub(r"\2 ", text)
+    if _FINAL_STOP.search(text):
         text = text[:-1].rstrip()
     for left, right in _PAIRS:
-        inside = text[len(left) : len(text) - len(right)]
-        if len(inside) and text.startswith(left) and text.endswith(right) and left not in inside:
-            text = inside
+        if text.startswith(left) and text.endswith(right):
+            inside = text[len(left) : len(text) - len(right)]
+            if inside and left not in inside:
+                text = inside
     for mark in ("**", "__", "*"):
         if text.startswith(mark) and text.count(mark) % 2 == 0 and len(text) > 2 * len(mark):
             text = text.replace(mark, "")
-    if re.match(r"#{1,6} ", text):
+    if text.startswith("#"):
         text = text.lstrip("# ")
-    if text.count(r"\boxed") == 1 and text.endswith("}"):
-        before, _, box = text.partition(r"\boxed")
-        box = box.strip()
-        if not re.search(r"\d|\bor\b|\bnot\b|\\", before) and closing(box) == len(box) - 1:
-            text = box[1:-1]
+    if "boxed" in text or "fbox" in text:
+        text = _unbox(text.replace(r"\fbox", r"\boxed"))
     if lead := _LEAD_IN.match(text):
         text = text[lead.end() :] or text
     return without_brackets(text.strip())
+
+
+def _unbox(text: str) -> str:
+    """What is in the only box of `text`, if it ends with that and nothing else before it can be an answer."""
+    before, _, box = text.partition(r"\boxed")
+    box = box.lstrip()
+    if not box or r"\boxed" in box or _NO_LEAD_IN.search(before):
+        return text
+    if box[0] == "{" and closing(box) == len(box) - 1:
+        return box[1:-1]
+    return box if box[0].isalnum() and not re.search(r"\s", box) else text
 
 
 @functools.lru_cache(maxsize=4096)
@@ -180,7 +196,7 @@ def clean(text: str) -> str:
     """One spelling for the ways to write the same thing: unicode, LaTeX dressing, wrappers, lead-ins."""
     if not text.isascii():
         for pattern, new in _SUBST:
-            text = re.sub(pattern, new, text)
+            text = pattern.sub(new, text)
         text = "".join(_CHARS.get(c, c if c in _CIRCLED else unicodedata.normalize("NFKC", c)) for c in text)
     for _ in range(8):
         before, text = text, _unwrap(text)
@@ -197,20 +213,27 @@ def clean(text: str) -> str:
 
 
 # A molecule or an ion: subscripts and charges may be written in any way, but `CO` is not `Co`.
-_FORMULA = re.compile(r"(?=.*[\d+-])(?:[A-Z][a-z]? ?(?:_?\{?\d+\}?)?|\(|\))+ ?(?:\^?\{?\d*[+-]\}?)?")
+FORMULA = re.compile(r"(?=.*[\d+-])(?:[A-Z][a-z]? ?(?:_?\{?\d+\}?)?|\(|\))+ ?(?:\^?\{?\d*[+-]\}?)?")
+
+_AMONG_CIRCLED = re.compile(rf"(?<=[{_CIRCLED}])[ ,]+(?=[{_CIRCLED}])")
+_DIGIT, _LONG_WORD = re.compile(r"\d"), re.compile(r"[^\W\d_]{4}")
+_TWO_NUMBERS = re.compile(r"(?<=\d), (?=\d{3}(?!\d))")  # not a thousand
+_SPACE_AT_SIGN = re.compile(r" (?=[\W\u4e00-\u9fff])|(?<=[\W\u4e00-\u9fff]) ")
+_SUBSCRIPT = re.compile(r"(\\[A-Za-z]+)?(?<=[A-Za-z])_\{?(\w+)\}?")
 
 
+@functools.lru_cache(maxsize=4096)
 def fold(text: str) -> str:
     """What two cleaned texts must share to be equal: neither spaces beside signs, nor case outside mathematics."""
-    if _FORMULA.fullmatch(text):
+    if FORMULA.fullmatch(text):
         return re.sub(r"[_^{} ]", "", text)
-    text = re.sub(rf"(?<=[{_CIRCLED}])[ ,]+(?=[{_CIRCLED}])", "", text)
-    if "\\" not in text and (not re.search(r"\d", text) or re.search(r"[^\W\d_]{4}", text)):
+    text = _AMONG_CIRCLED.sub("", text)
+    if "\\" not in text and (_LONG_WORD.search(text) or not _DIGIT.search(text)):
         text = text.casefold()
     if text[:1] not in "([{":
-        text = re.sub(r"(?<=\d), (?=\d{3}(?!\d))", ";", text)  # two numbers, not a thousand
-    text = re.sub(r" (?=[\W\u4e00-\u9fff])|(?<=[\W\u4e00-\u9fff]) ", "", text)
-    return re.sub(r"(\\[A-Za-z]+)?(?<=[A-Za-z])_\{?(\w+)\}?", lambda m: m[0] if m[1] else m[2], text)  # H_2O
+        text = _TWO_NUMBERS.sub(";", text)
+    text = _SPACE_AT_SIGN.sub("", text)
+    return _SUBSCRIPT.sub(lambda m: m[0] if m[1] else m[2], text) if "_" in text else text
 
 
 # -------- letters, Yes and No

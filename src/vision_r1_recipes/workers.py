@@ -13,9 +13,9 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 
 
@@ -38,13 +38,10 @@ class Worker:
     process: subprocess.Popen | None = None
 
     def _read(self, seconds: float) -> str:
-        alarm = threading.Timer(seconds, self.stop)
-        alarm.daemon = True
-        alarm.start()
-        try:
+        if wait([self.process.stdout], seconds):
             return self.process.stdout.readline()
-        finally:
-            alarm.cancel()
+        self.stop()
+        return ""
 
     def _start(self) -> bool:
         self.stop()
