@@ -25,7 +25,8 @@ from time import perf_counter
 from math_verify import parse, verify
 from trl.rewards import accuracy_reward
 
-from vision_r1_recipes import grading, workers
+from vision_r1_recipes import grading
+from vision_r1_recipes.grading import workers
 from vision_r1_recipes.rewards import hfrrf, parse_format
 
 
@@ -91,9 +92,9 @@ def in_dollars(gold: str, answer: str) -> bool:
 
 
 def trl_reward(texts, golds):
-    """TRL's reward reads the whole completion and wants `$...$` in it and in the gold: it gets the best form."""
+    """TRL's reward reads the whole completion and wants `\\boxed{}` in it and `$...$` in the gold: it gets both."""
     answers = [parse_format(text[0]["content"]) for text in texts]
-    texts = [[{"role": "assistant", "content": f"${answer}$" if answer else ""}] for answer in answers]
+    texts = [[{"role": "assistant", "content": rf"\boxed{{{answer}}}" if answer else ""}] for answer in answers]
     return accuracy_reward(texts, [f"${gold}$" for gold in golds])
 
 

@@ -16,8 +16,8 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from vision_r1_recipes import golds, workers
-from vision_r1_recipes.grading import POOL, grade_all
+from vision_r1_recipes import golds
+from vision_r1_recipes.grading import POOL, grade_all, workers
 from vision_r1_recipes.rewards import accuracy_reward, check_gold, format_reward, grade, hfrrf, parse_format
 
 

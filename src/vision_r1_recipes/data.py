@@ -31,13 +31,13 @@ from qwen_vl_utils import fetch_image, smart_resize
 from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig
 
+from . import grading
 from .configs import DataArguments
 from .grading import check_gold
 from .recipe import RecipeError, check_keys
 
 
 MARKER = "<image>"
-GRADER = ("grading.py", "spelling.py", "quantities.py", "structure.py", "maths.py")
 SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit")
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -228,7 +228,7 @@ def _stamp(rows: Dataset, folder: str) -> str:
     picture that has been mended, or to keep one that is gone.
     """
     digest = hashlib.sha256()
-    for code in (Path(__file__), *map(Path(__file__).with_name, GRADER)):
+    for code in (Path(__file__), *sorted(Path(grading.__file__).parent.glob("*.py"))):
         digest.update(code.read_bytes())
     for column in sorted({"image", "images"} & set(rows.column_names)):
         feature = rows.features[column]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from . import preflight
 from .data import open_source
 from .grading import POOL, check_gold, grade, needs_equal_text
-from .quantities import number, quantity
+from .grading.quantities import number, quantity
+from .grading.spelling import clean, letter_of, letters_of, strip_prefix, yes_or_no
+from .grading.structure import RELATION, items_of, region_of
 from .recipe import RecipeError
 from .rewards import parse_format
-from .spelling import clean, letter_of, letters_of, strip_prefix, yes_or_no
-from .structure import RELATION, items_of, region_of
 
 
 SHOWN = 3  # examples of each finding

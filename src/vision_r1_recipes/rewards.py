@@ -17,7 +17,7 @@ python -m vision_r1_recipes.rewards check DATA [--split train]   # every gold of
 from collections.abc import Callable, Sequence
 
 from .grading import check_gold, grade, grade_all
-from .spelling import strip_prefix
+from .grading.spelling import strip_prefix
 
 
 __all__ = ["accuracy_reward", "check_gold", "format_reward", "grade", "hfrrf", "parse_format"]

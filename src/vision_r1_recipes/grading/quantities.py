@@ -50,7 +50,7 @@ def equal_numbers(a: Fraction | Decimal, b: Fraction | Decimal) -> bool:
 def _in_words(text: str) -> Fraction | None:
     """Value of `twenty-five`, `two hundred and six` or `two thirds`."""
     if m := re.fullmatch(r"(.*?)[ -](half|third|quarter|fourth|fifth|sixth|eighth|tenth)s?", text.lower()):
-        count = _in_words(m[1].replace("a", "one", 1) if m[1] == "a" else m[1])
+        count = Fraction(1) if m[1] == "a" else _in_words(m[1])
         return None if count is None else count / _PARTS[m[2]]
     total, group = Fraction(0), None
     words = re.findall(r"[a-z]+", text.lower())
@@ -71,7 +71,7 @@ def _in_words(text: str) -> Fraction | None:
 
 
 def _in_chinese(text: str) -> Fraction | None:
-    """Value of `十五` or `二分之\u4e00`, up to 9999."""
+    """Value of `十五` or `二分之一`, up to 9999."""
     if "分之" in text:
         bottom, top = map(_in_chinese, text.split("分之", 1))
         return top / bottom if top is not None and bottom else None
@@ -220,17 +220,20 @@ _NOT_A_NOUN = re.compile(
 _AROUND = re.compile(
     r"^in (?:total|all)$| ?\b(?:in total|in all|altogether|total|long|wide|tall|high|deep|old|approx)$"
 )
+_UNIT_SPELLING = [
+    (re.compile(r"\bper cent\b"), "percent"),
+    (re.compile(r"(?:\bdegrees?|\bdeg\.?|°) ?(?:celsius|C)$", re.I), "°C"),
+    (re.compile(r"(?:\bdegrees?|\bdeg\.?|°) ?(?:fahrenheit|F)$", re.I), "°F"),
+    (re.compile(r"\bper\b|每"), "/"),
+    (re.compile(r"\\cdot"), "*"),
+]
 
 
+@functools.lru_cache(maxsize=4096)
 def _unit(text: str) -> tuple[tuple[str, ...], Fraction] | None:
     """Sorted dimensions (a leading `/` means divided by) and factor of a unit such as `km/h` or `square feet`."""
-    text = re.sub(
-        r"\bper cent\b",
-        "percent",
-        re.sub(r"\bdegrees? (?=celsius|fahrenheit)|\bdeg\.? ?(?=[CF]$)", "°", text, flags=re.I),
-    )
-    text = re.sub(r"° ?(?:celsius|C)$", "°C", re.sub(r"° ?(?:fahrenheit|F)$", "°F", text, flags=re.I), flags=re.I)
-    text = re.sub(r"\bper\b|每", "/", text.replace(r"\cdot", "*"))
+    for pattern, new in _UNIT_SPELLING:
+        text = pattern.sub(new, text)
     powers, factor, sign, end = {}, Fraction(1), 1, 0
     while end < len(text):
         m = _UNIT_TOKEN.match(text, end)
@@ -266,8 +269,7 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
     if number(text) is not None:
         return text, None
     if m := re.match(r"(-?) ?(US\$|[$€£¥¢₹]|RMB) ?(?=[\d.])", text):
-        rest = text[m.end() :]
-        return m[1] + (rest if rest == (cut := re.sub(r" ?(?:dollars?|USD)$", "", rest)) else cut), _unit(m[2])
+        return m[1] + re.sub(r" ?(?:dollars?|USD)$", "", text[m.end() :]), _unit(m[2])
     for m in _BEFORE_UNIT.finditer(text):
         value, rest = text[: m.start()], text[m.end() :]
         factor = m["gap"] == "" and re.fullmatch(f"(?![{_ATTACHED}])[A-Za-z]", rest) and not attached
@@ -285,6 +287,9 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
     return text, None
 
 
+_PARTS_OF_ONE = re.compile(rf"({_DEC}) ?([A-Za-z]+\.?|[\u4e00-\u9fff]+?(?=\d|$))(?:,? and |, ?| |(?=\d)|$)")
+
+
 def _compound(text: str) -> tuple[Fraction, tuple] | None:
     """Sum and unit of `1 hour 30 minutes`, `5 ft 6 in` or `22° 30'`."""
     if len(text) > 60:
@@ -292,16 +297,14 @@ def _compound(text: str) -> tuple[Fraction, tuple] | None:
     if m := re.fullmatch(r"(-?\d+) ?° ?(\d+)'(?: ?(\d+)'')?", text):
         part = Fraction(int(m[2]) * 60 + int(m[3] or 0), 3600)
         return Fraction(m[1]) + (-part if m[1][0] == "-" else part), DEGREE
-    parts = re.findall(rf"({_DEC}) ?([A-Za-z]+\.?|[\u4e00-\u9fff]+?(?=\d|$))(?:,? and |, ?| |(?=\d)|$)", text)
+    parts = _PARTS_OF_ONE.findall(text)
     if len(parts) < 2 or re.sub(r"[\s,]|\band\b", "", text) != re.sub(r"[\s,]", "", "".join(map("".join, parts))):
         return None
     units = [_unit(name) for _, name in parts]
     if None in units or len({unit[0] for unit in units}) > 1 or len({unit[1] for unit in units}) < len(units):
         return None
-    return sum(number(value) * unit[1] for (value, _), unit in zip(parts, units, strict=True)), (
-        units[0][0],
-        Fraction(1),
-    )
+    total = sum(number(value) * unit[1] for (value, _), unit in zip(parts, units, strict=True))
+    return total, (units[0][0], Fraction(1))
 
 
 @functools.lru_cache(maxsize=4096)

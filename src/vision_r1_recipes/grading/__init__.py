@@ -37,36 +37,44 @@ def _costly(text: str) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=65536)
 def check_gold(gold: str) -> str | None:
     """Reason why `gold` can't be graded, else `None`.
 
-    Plain text, and mathematics too large to calculate with, can be graded: as equal text. Mathematics that
-    math-verify can't parse can't.
+    Plain text, and mathematics too large to calculate with, can be graded: as equal text. Mathematics that can't be
+    parsed can't.
     """
+    if reason := _broken(gold):
+        return reason
+    text = clean(strip_prefix(gold)) if len(gold) <= MAX_TEXT else ""
+    if not text or needs_equal_text(text) or letter_of(text):
+        return None
+    if all(same_number(item, item) is not None for item in items_of(text)[1]):
+        return None
+    reply = POOL.ask("unparseable", text)
+    if reply is LOST:
+        _too_hard.add(text)
+        return None
+    return _NOT_PARSEABLE.format(reply) if reply else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _broken(gold: str) -> str | None:
+    """What can be known to be wrong with a gold without parsing it."""
     if not isinstance(gold, str):
         return "not a string"
     text = clean(strip_prefix(gold)) if len(gold) <= MAX_TEXT else gold
     if not re.search(r"[^\W_]|\\[A-Za-z]|[<>=+]", text):
         return "empty"
-    if text.count("{") != text.count("}"):
-        return "unbalanced braces"
-    if len(gold) > MAX_TEXT or _is_text(text) or _costly(text):
-        return None
-    if letter_of(text) or all(same_number(item, item) is not None for item in items_of(text)[1]):
-        return None
-    reply = _unparseable(text)
-    return None if reply is LOST or not reply else f"not parseable as mathematics: {reply!r}"
+    return "unbalanced braces" if text.count("{") != text.count("}") else None
 
 
-@functools.lru_cache(maxsize=65536)
-def _unparseable(gold: str) -> str | object | None:
-    return POOL.ask("unparseable", gold)
+_NOT_PARSEABLE = "not parseable as mathematics: {!r}"
+_too_hard: set[str] = set()  # golds, cleaned, that sympy was given up on: only equal text is right
 
 
 def needs_equal_text(text: str) -> bool:
     """Whether a cleaned gold is no mathematics, or too large to calculate with."""
-    return _is_text(text) or _costly(text) or _unparseable(text) is LOST
+    return _is_text(text) or text in _too_hard or _costly(text)
 
 
 def _is_text(text: str) -> bool:
@@ -82,8 +90,8 @@ def grade(gold: str, answer: str) -> bool:
     """Whether `answer` (text inside the answer tags) has the value of `gold` `[ours]`.
 
     Equal text first; the letter decides where the gold names an option; numbers are compared exactly, units of
-    one quantity are converted and a missing unit is no error; the rest is math-verify's. No answer makes it
-    raise, run code or take unbounded time. Raises `ValueError` for a gold that `check_gold` refuses.
+    one quantity are converted and a missing unit is no error; the rest is sympy's. No answer makes it raise, run code
+    or take unbounded time. Raises `ValueError` for a gold that `check_gold` refuses, unless equal text settles it.
     """
     return grade_all([gold], [answer])[0] is True
 
@@ -95,10 +103,8 @@ def grade_all(golds: Sequence[str], answers: Sequence[str | None]) -> list[bool 
     `workers.CPU_SECONDS` and what the others need.
     """
     pairs = dict.fromkeys(zip(golds, answers, strict=True))
-    different = list(dict.fromkeys(golds))
-    for gold, reason in zip(different, POOL.map(check_gold, different), strict=True):
-        if reason:
-            raise ValueError(f"this gold answer can't be graded ({reason}): {str(gold)[:200]!r}")
+    for gold in dict.fromkeys(golds):
+        _refuse(gold, _broken(gold))
     hard = {}
     for gold, answer in pairs:
         verdict = _cheap(gold, answer)
@@ -107,14 +113,26 @@ def grade_all(golds: Sequence[str], answers: Sequence[str | None]) -> list[bool 
         else:
             pairs[gold, answer] = verdict
     for question, verdict in zip(hard, POOL.map(_ask, list(hard)), strict=True):
+        if isinstance(verdict, str):
+            _refuse(hard[question][0][0], _NOT_PARSEABLE.format(verdict))
         pairs.update(dict.fromkeys(hard[question], verdict))
     return [pairs[pair] for pair in zip(golds, answers, strict=True)]
 
 
+def _refuse(gold: str, reason: str | None) -> None:
+    if reason:
+        raise ValueError(f"this gold answer can't be graded ({reason}): {str(gold)[:200]!r}")
+
+
 @functools.lru_cache(maxsize=65536)
-def _ask(question: tuple[str, str]) -> bool | None:
+def _ask(question: tuple[str, str]) -> bool | str | None:
+    """The worker's verdict, what it can't parse of the gold, or `None` when it was given up on."""
     reply = POOL.ask("same", *question)
-    return None if reply is LOST else reply is True
+    if reply is not LOST:
+        return reply if isinstance(reply, str) else reply is True
+    if POOL.ask("unparseable", question[0]) is LOST:
+        _too_hard.add(question[0])
+    return None
 
 
 def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:

@@ -45,9 +45,12 @@ class Worker:
 
     def _start(self) -> bool:
         self.stop()
-        code = "import sys; sys.path.append(sys.argv.pop(1)); from vision_r1_recipes.workers import serve; serve()"
+        code = (
+            "import sys; sys.path.append(sys.argv.pop(1)); "
+            "from vision_r1_recipes.grading.workers import serve; serve()"
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, str(Path(__file__).parents[1]), str(CPU_SECONDS), str(MEMORY_BYTES)],
+            [sys.executable, "-P", "-c", code, str(Path(__file__).parents[2]), str(CPU_SECONDS), str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
