@@ -273,7 +273,9 @@ def test_the_order_of_a_batch_does_not_matter(order):
 # -------- golds
 
 
-@pytest.mark.parametrize("gold", ["", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", None, 7])
+@pytest.mark.parametrize(
+    "gold", ["", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", "x =", "x <", None, 7]
+)
 def test_a_gold_that_cannot_be_graded(gold):
     assert check_gold(gold)
     with pytest.raises(ValueError, match="can't be graded"):

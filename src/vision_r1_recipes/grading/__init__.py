@@ -63,7 +63,7 @@ def _broken(gold: str) -> str | None:
     if not isinstance(gold, str):
         return "not a string"
     text = clean(strip_prefix(gold)) if len(gold) <= MAX_TEXT else gold
-    if not re.search(r"[^\W_]|\\[A-Za-z]|[<>=+]", text):
+    if not re.search(r"[^\W_]|\\[A-Za-z]|^[-+*/<>=]$", text):
         return "empty"
     return "unbalanced braces" if text.count("{") != text.count("}") else None
 
@@ -78,8 +78,8 @@ def needs_equal_text(text: str) -> bool:
 
 
 def _is_text(text: str) -> bool:
-    """Whether a cleaned gold is words, a molecule, a date or a range."""
-    return _is_words(text) or (FORMULA.fullmatch(text) or _DATE.fullmatch(text)) is not None
+    """Whether a cleaned gold is words, a sign, a molecule, a date or a range."""
+    return _is_words(text) or any(pattern.fullmatch(text) for pattern in (_SIGN, FORMULA, _DATE))
 
 
 def _is_words(text: str) -> bool:
@@ -194,6 +194,7 @@ class _WithoutSympy(Comparison):
 _WITHOUT_SYMPY = _WithoutSympy()
 
 
+_SIGN = re.compile(r"[-+*/<>=]|\\(?:times|div|le|ge|ne) ?")
 _DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
 _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
 # `The area is `, `面积是`: what a model says before the value

@@ -23,7 +23,8 @@ _COMMANDS = (
 # Whatever the LaTeX parser might drop or read in its own way (`7_2`, `7'`, `1 2`, a command it doesn't know) is text.
 _TEXT_ONLY = re.compile(
     rf"(?<!\\)\\(?!(?:{_COMMANDS})(?![A-Za-z])|[\\{{}}])"
-    r"|\d [\d.]|\d ?[_']|[^\w\s\\{}()\[\]+*/^.,|<>=!&'-]|\b(?:or|and|not|no|is|in|of|if)\b|\.\."
+    r"|\d [\d.]|\d ?[_']|[^\w\s\\{}()\[\]+*/^.,|<>=!&-]|\b(?:or|and|not|no|is|in|of|if)\b|\.\."
+    r"|(?<!\\)\b[A-Za-z]+\d+(?![\d^A-Za-z({\\])|[-+*/^=<>] ?(?:[)\]}]|$)|[({\[] ?[*/^]"
 )
 # `ABC` is a triangle and `H2O` water, no product, unless there is more of a formula about it.
 _NAME = re.compile(r"(?s)(?!.*\\(?!angle|triangle|overline|to)).*[A-Z][A-Z\d]")
@@ -94,8 +95,14 @@ class WithSympy(Comparison):
 def _parse(text: str):
     """Sympy object of a LaTeX expression, or `None`. Decimals become fractions, so that nothing is rounded."""
     words = re.sub(r"\\(?:begin|end) ?\{[a-z]+\}|\\[A-Za-z]+|_\{[^{}]*\}", " ", text)
-    text = _DEGREES.sub(r"\\\1 (\\frac{\2 \\pi}{180})", text).replace("°", "")
-    if _TEXT_ONLY.search(text) or _NAME.match(text) or re.search(r"[A-Za-z]{4}", words) or not text.isascii():
+    text = _DEGREES.sub(r"\\\1 (\\frac{\2 \\pi}{180})", text)
+    text = re.sub(r"(?<=[\d})]) ?°(?![\w.])", "", text)
+    if (
+        _TEXT_ONLY.search(re.sub(r"(?<=[A-Za-z])_\{\w+\}", "", text))
+        or _NAME.match(text)
+        or re.search(r"[A-Za-z]{4}", words)
+        or not text.isascii()
+    ):
         return None
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<![A-Za-z\\])([IE])_\{(\w+)\}", r"X_{\1\2}", text)  # a current and a field, not i and e
@@ -152,10 +159,13 @@ def _equal(gold: sympy.Expr, answer: sympy.Expr) -> bool:
 @functools.lru_cache(maxsize=4096)
 def unparseable(gold: str) -> str | None:
     """The part of a cleaned gold that looks like mathematics and that the LaTeX parser can't read."""
-    if r"\begin" in gold or r"\to " in gold or RELATION.fullmatch(gold):
+    if r"\begin" in gold or r"\to " in gold:
         return None
     for item in items_of(gold)[1]:
-        for part in split(item, RELATION.pattern):
+        *parts, last = split(item, RELATION.pattern)
+        if not last:
+            return gold
+        for part in filter(None, (*parts, last)):
             value = quantity(part.strip())[0]
             words = re.search(r"[^\W\d_]{4}", re.sub(r"\\[A-Za-z]+", "", value))
             plain = (

@@ -118,12 +118,12 @@ def number(text: str) -> Fraction | Decimal | None:
 
 # -------- surds
 
-_TIMES = r"(?: ?(?:\\cdot|\\times|\*))? ?"
+_TIMES = r"(?:(?<=[\d}]) ?(?:\\cdot|\\times|\*)(?= ?\\(?:sqrt|pi)))? ?"
 _PRODUCT = re.compile(
     rf"([+-]?) ?(?:({_DEC})|\\frac ?\{{ ?(\d+) ?\}} ?\{{ ?(\d+) ?\}})?{_TIMES}"
     rf"(?:\\sqrt ?\{{ ?(\d{{1,8}}) ?\}})?{_TIMES}(\\pi)? ?(?:/ ?(\d+))?"
 )
-_PI_FIRST = re.compile(rf"^\\pi{_TIMES}(?=[\d\\])(.+)$")
+_PI_FIRST = re.compile(r"^\\pi ?(?:(?:\\cdot|\\times|\*) ?|(?=\\sqrt))([\d\\].*)$")
 _ARGUMENT = r" ?\{((?:[^{}]|\{[^{}]*\})*)\}"
 _QUOTIENT = re.compile(rf"([+-]?) ?\\frac{_ARGUMENT}{_ARGUMENT}")
 
@@ -234,6 +234,8 @@ def _unit(text: str) -> tuple[tuple[str, ...], Fraction] | None:
     """Sorted dimensions (a leading `/` means divided by) and factor of a unit such as `km/h` or `square feet`."""
     for pattern, new in _UNIT_SPELLING:
         text = pattern.sub(new, text)
+    if not re.search(r"[^\W\d_]|[°%$€£¥¢₹]", text) or text.endswith(("/", "*")):
+        return None
     powers, factor, sign, end = {}, Fraction(1), 1, 0
     while end < len(text):
         m = _UNIT_TOKEN.match(text, end)
@@ -256,7 +258,9 @@ def _unit(text: str) -> tuple[tuple[str, ...], Fraction] | None:
     return tuple(f"{d}^{p}" for d, p in sorted(powers.items()) if p), factor
 
 
-_BEFORE_UNIT = re.compile(rf"(?:(?<=[\d}})\].万亿{_CHINESE}])(?P<gap> ?-?)|(?<=[a-z]) )(?=[^\W\d_]|[°%$€£¥¢₹])")
+_BEFORE_UNIT = re.compile(
+    rf"(?:(?<=[\d}})\].万亿{_CHINESE}])(?P<gap> ?| ?-(?=[a-z]))|(?<=[a-z]) )(?=[^\W\d_]|[°%$€£¥¢₹])"
+)
 DEGREE, RADIAN = _unit("°"), _unit("rad")
 
 

@@ -154,7 +154,7 @@ def without_brackets(text: str) -> str:
 
 _END_OF_TURN = re.compile(r"\s*<\|[a-z_]{1,20}\|>$")
 _EMPHASISED_LABEL = re.compile(r"^(\*{1,2}|_{1,2})([^*_\n]{1,30}:)\1\s*")
-_FINAL_STOP = re.compile(r"[^.]\.$|[^\\][,;]$|[A-Za-z]{2}!$|！$")
+_FINAL_STOP = re.compile(r"[^.]\.$|[^\\][,;]$|(?:^|\s)[A-Za-z]{2,}!$|！$")
 _NO_LEAD_IN = re.compile(r"\d|\bor\b|\bnot\b|\\")
 
 
@@ -219,7 +219,7 @@ _AMONG_CIRCLED = re.compile(rf"(?<=[{_CIRCLED}])[ ,]+(?=[{_CIRCLED}])")
 _DIGIT, _LONG_WORD = re.compile(r"\d"), re.compile(r"[^\W\d_]{4}")
 _TWO_NUMBERS = re.compile(r"(?<=\d), (?=\d{3}(?!\d))")  # not a thousand
 _SPACE_AT_SIGN = re.compile(r" (?=[\W\u4e00-\u9fff])|(?<=[\W\u4e00-\u9fff]) ")
-_SUBSCRIPT = re.compile(r"(\\[A-Za-z]+)?(?<=[A-Za-z])_\{?(\w+)\}?")
+_SUBSCRIPT = re.compile(r"(\\[A-Za-z]+)?(?<=[A-Za-z])_\{?(\d+)\}?")
 
 
 @functools.lru_cache(maxsize=4096)

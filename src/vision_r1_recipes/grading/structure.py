@@ -47,24 +47,25 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def items_of(text: str) -> tuple[str, list[str]]:
-    """Brackets (`(]`, `{}`, empty for a bare list) and the items of a tuple, interval, set, list or single value."""
+    """What holds it together (`()`, `(]`, `{}`, `,`, empty for words or nothing) and the items of a tuple, interval,
+    set, list or single value."""
     body = text.replace(r"\{", "{").replace(r"\}", "}")
     if body[:1] in ("(", "[", "{") and closing(body) == len(body) - 1:
         items = split(body[1:-1], "[,;]")
         if len(items) > 1 or body[0] == "{":
-            return body[0] + body[-1], _signed(items)
+            return body[0] + body[-1], _signed(items) if any(items) else []
     thousands = r",(?!(?<=\d,)\d{3}(?!\d))"
     if re.search(rf"{thousands}(?! )", text):  # 1,3,59,177
         thousands = ","
     word = r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
-    return "", _signed(split(text, rf"{thousands}(?: ?{word})?|;|{word}"))
+    commas = split(text, f"{thousands}|;")
+    items = split(text, rf"{thousands}(?: ?{word})?|;|{word}")
+    return "," if 1 < len(commas) == len(items) else "", _signed(items)
 
 
 def _signed(items: list[str]) -> list[str]:
-    """The items that are there, one with `\\pm` as two."""
-    return [
-        item.replace(r"\pm", sign) for item in items if item for sign in ("+-" if item.count(r"\pm") == 1 else "+")
-    ]
+    """The items, one with `\\pm` as two."""
+    return [item.replace(r"\pm", sign) for item in items for sign in ("+-" if item.count(r"\pm") == 1 else "+")]
 
 
 # A condition is `(left, sign, right)` with the sign `<`, `<=` or `!=`; an interval bounds the nameless variable ``.
@@ -174,15 +175,16 @@ class Comparison(ABC):
         return all(self.same_value(gold, part) for part in a_parts)
 
     def _same_list(self, g_marks: str, g_items: list[str], a_marks: str, a_items: list[str]) -> bool:
-        if a_marks == "" and len(a_items) == 1 and re.fullmatch(r"\d{1,3}(?:,\d{3})+", a_items[0]):
+        if not a_marks and len(a_items) == 1 and re.fullmatch(r"\d{1,3}(?:,\d{3})+", a_items[0]):
             a_items = a_items[0].split(",")  # 40,150 beside two numbers
         if len(g_items) != len(a_items):
             return False
-        if g_marks != a_marks and {g_marks, a_marks} not in ({"", "{}"}, {"", "()"}):
+        marks = {g_marks, a_marks}
+        if len(marks) > 1 and not (marks <= {"", ",", "{}"} or marks == {",", "()"}):
             return False
         labels = [[item.partition("=")[0] if "=" in item else "" for item in items] for items in (g_items, a_items)]
         labelled = [len({re.sub(r"_(?:\{\d+\}|\d)|\d+$|\s", "", label) for label in of}) > 1 for of in labels]
-        ordered = {g_marks, a_marks} - {"", "{}"} or labelled[0] != labelled[1]  # a tuple, or x=1, y=2 against 1, 2
+        ordered = marks - {"", ",", "{}"} or labelled[0] != labelled[1]  # a tuple, or x=1, y=2 against 1, 2
         values = [[number(item) for item in items] for items in (g_items, a_items)]
         if None not in values[0] and None not in values[1]:
             return values[0] == values[1] if ordered else Counter(values[0]) == Counter(values[1])
