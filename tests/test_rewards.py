@@ -270,6 +270,20 @@ def test_the_order_of_a_batch_does_not_matter(order):
     assert hfrrf(texts, solutions) == expected
 
 
+# Each says something else, wherever it stands.
+INTRUDERS = [*"3489xyB?/^_<>|'&@²不", "\\pm ", " or ", " not ", " 4"]
+
+
+@pytest.mark.parametrize(
+    "gold", ["347", "2.75", "38/11", "2x+13", "(12, 35)", "x > 57", "12 cm", "15π", "[10, 25)", "the red circle"]
+)
+def test_an_intruder_makes_it_wrong(gold):
+    answers = [gold[:i] + intruder + gold[i:] for i in range(len(gold) + 1) for intruder in INTRUDERS]
+    answers = [answer for answer in answers if answer != "B(12, 35)"]  # a point may have a name
+    verdicts = grade_all([gold] * len(answers), answers)
+    assert not [answer for answer, right in zip(answers, verdicts, strict=True) if right]
+
+
 # -------- golds
 
 

@@ -167,6 +167,8 @@ def unparseable(gold: str) -> str | None:
             return gold
         for part in filter(None, (*parts, last)):
             value = quantity(part.strip())[0]
+            if re.search(r"[-+*/^] ?$", value):
+                return value
             words = re.search(r"[^\W\d_]{4}", re.sub(r"\\[A-Za-z]+", "", value))
             plain = (
                 _TEXT_ONLY.search(value)

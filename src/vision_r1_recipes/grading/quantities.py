@@ -277,12 +277,15 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
     for m in _BEFORE_UNIT.finditer(text):
         value, rest = text[: m.start()], text[m.end() :]
         factor = m["gap"] == "" and re.fullmatch(f"(?![{_ATTACHED}])[A-Za-z]", rest) and not attached
+        factor = factor or (value.endswith("\\pi") and re.fullmatch("[A-Za-ln-z]", rest))  # 2 pi h
         of_angle = rest.startswith("°") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
         if len(rest) > 60 or factor or of_angle or not (re.search(r"\d|\\pi", value) or number(value)):
             continue
         if unit := _unit(rest):
             return value, unit if unit[0] else None
         rest = _AROUND.sub("", rest)
+        if not rest:
+            return value, None
         if (unit := _unit(rest)) and number(value) is not None:
             return value, unit if unit[0] else None
         noun = _NOUN.fullmatch(rest) and not _NOT_A_NOUN.search(rest) and (m["gap"] != "" or not rest.isascii())
