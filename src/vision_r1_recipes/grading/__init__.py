@@ -65,7 +65,11 @@ def _broken(gold: str) -> str | None:
     text = clean(strip_prefix(gold)) if len(gold) <= MAX_TEXT else gold
     if not re.search(r"[^\W_]|\\[A-Za-z]|^[-+*/<>=]$", text):
         return "empty"
-    return "unbalanced braces" if text.count("{") != text.count("}") else None
+    if text.count("{") != text.count("}"):
+        return "unbalanced braces"
+    if _OPEN_END.search(text) and not FORMULA.fullmatch(text):
+        return "nothing behind its last sign"
+    return None
 
 
 _NOT_PARSEABLE = "not parseable as mathematics: {!r}"
@@ -194,6 +198,7 @@ class _WithoutSympy(Comparison):
 _WITHOUT_SYMPY = _WithoutSympy()
 
 
+_OPEN_END = re.compile(r"\S ?(?:[-+*/^=<>]|\\(?:times|div|cdot|le|ge|ne|pm)) ?$")
 _SIGN = re.compile(r"[-+*/<>=]|\\(?:times|div|le|ge|ne) ?")
 _DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
 _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"

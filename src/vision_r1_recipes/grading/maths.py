@@ -162,13 +162,8 @@ def unparseable(gold: str) -> str | None:
     if r"\begin" in gold or r"\to " in gold:
         return None
     for item in items_of(gold)[1]:
-        *parts, last = split(item, RELATION.pattern)
-        if not last:
-            return gold
-        for part in filter(None, (*parts, last)):
+        for part in filter(None, split(item, RELATION.pattern)):
             value = quantity(part.strip())[0]
-            if re.search(r"[-+*/^] ?$", value):
-                return value
             words = re.search(r"[^\W\d_]{4}", re.sub(r"\\[A-Za-z]+", "", value))
             plain = (
                 _TEXT_ONLY.search(value)
