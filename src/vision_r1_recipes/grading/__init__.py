@@ -67,7 +67,7 @@ def _broken(gold: str) -> str | None:
         return "empty"
     if text.count("{") != text.count("}"):
         return "unbalanced braces"
-    if _OPEN_END.search(text) and not FORMULA.fullmatch(text):
+    if _OPEN_END.search(text) and not _ION.search(text):
         return "nothing behind its last sign"
     return None
 
@@ -198,6 +198,7 @@ class _WithoutSympy(Comparison):
 _WITHOUT_SYMPY = _WithoutSympy()
 
 
+_ION = re.compile(r"[A-Z][a-z]?[\d_^{}]*[+-]\}?$")
 _OPEN_END = re.compile(r"\S ?(?:[-+*/^=<>]|\\(?:times|div|cdot|le|ge|ne|pm)) ?$")
 _SIGN = re.compile(r"[-+*/<>=]|\\(?:times|div|le|ge|ne) ?")
 _DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
