@@ -75,6 +75,7 @@ HOSTILE = {
     "JSON": '7"]\n["same", ["7", "7"]]',
     "newlines": "8\n" * 4_000,
     "million digits": "8" * 1_000_000,
+    "brackets around a million digits": "(" * 60 + "8" * 1_000_000 + ")" * 60,
     "big matrix": r"\begin{pmatrix}" + r"\\".join(["&".join(["1"] * 100)] * 90) + r"\end{pmatrix}",
     "matrix power": r"\begin{pmatrix}1&x\\y&2\end{pmatrix}^{999}",
     "many letters": "+".join(f"{a}{b}" for a in "abcdefgh" for b in "stuvwxyz"),

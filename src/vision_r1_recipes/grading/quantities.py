@@ -88,7 +88,8 @@ def _in_chinese(text: str) -> Fraction | None:
 @functools.lru_cache(maxsize=4096)
 def number(text: str) -> Fraction | Decimal | None:
     """Exact value of a plain number; a `Decimal` where the digits are too many to calculate with."""
-    text = without_brackets(text)
+    if len(text) < 1000:
+        text = without_brackets(text)
     if _IN_CHINESE.fullmatch(text):
         return _in_chinese(text)
     if len(text) < 60 and text[:1].isalpha():
