@@ -104,8 +104,9 @@ def grade(gold: str, answer: str) -> bool:
 def grade_all(golds: Sequence[str], answers: Sequence[str | None]) -> list[bool | None]:
     """[`grade`] of many pairs; `None` where sympy was given up on, for time or memory.
 
-    Each different pair is graded once. With `k` pairs given up on, a call takes `ceil(k / POOL.size)` times
-    `workers.CPU_SECONDS` and what the others need.
+    Each different pair is graded once. Where each worker has a core, a call with `k` pairs given up on takes at most
+    `ceil(k / POOL.size) * workers.CPU_SECONDS` and what the others need. (A gold that is itself too hard is found out
+    once, in as much time again.)
     """
     pairs = dict.fromkeys(zip(golds, answers, strict=True))
     for gold in dict.fromkeys(golds):

@@ -107,7 +107,6 @@ class Pool:
         self.idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self.workers:
             self.idle.put(worker)
-        self.lost = 0
 
     def stop(self) -> None:
         """End all processes; the next request starts them again."""
@@ -118,15 +117,13 @@ class Pool:
         """The worker's reply, or `LOST`. From any thread."""
         worker = self.idle.get()
         try:
-            reply = worker.ask(name, arguments)
+            return worker.ask(name, arguments)
         finally:
             self.idle.put(worker)
-        self.lost += reply is LOST
-        return reply
 
     def map(self, ask: Callable, requests: Sequence) -> list:
-        """`ask` of each request, `size` at a time: `n` requests of which `k` are lost take at most the time of the
-        others and `ceil(k / size) * CPU_SECONDS`."""
+        """`ask` of each request, `size` at a time: where each worker has a core, requests of which `k` are lost take
+        the time of the others and at most `ceil(k / size) * CPU_SECONDS`."""
         if len(requests) < 2:
             return [ask(request) for request in requests]
         with ThreadPoolExecutor(self.size) as threads:
@@ -153,13 +150,14 @@ def serve() -> None:
             replies.write(_LOST_LINE)
             replies.flush()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(ValueError):  # macOS takes no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     while line := sys.stdin.readline():
         name, arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # not caught: the kernel ends the process
         try:
             reply = maths.REQUESTS[name](*arguments)
-        except (Exception, RecursionError):
+        except Exception:
             reply = None
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply), file=replies, flush=True)
