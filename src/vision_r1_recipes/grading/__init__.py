@@ -164,7 +164,8 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         return letters == letters_of(answer)
     if verdict := yes_or_no(gold):
         word, reason = yes_or_no(answer) or ("", frozenset())
-        return word == verdict[0] and (reason <= verdict[1] or reason >= verdict[1])
+        negated = len({"not", "t", "never", "neither"} & (reason ^ verdict[1])) > 0 and reason and verdict[1]
+        return word == verdict[0] and not negated and (reason <= verdict[1] or reason >= verdict[1])
     if letter_of(answer) and (option := OPTION.fullmatch(answer))["rest"]:
         answer = option["rest"].strip()
     if not _is_words(gold) and len(answer) < 300:
@@ -210,7 +211,7 @@ _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|wi
 _SENTENCE = re.compile(
     rf"{_NO_DOUBT}[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){{0,80}}? "
     r"(?:is|are|equals|was|has|have|makes?|costs?|weighs?|measures?|earns?|needs?|takes?)(?: equal to)?:? "
-    r"(?=[-+$(\[\d\\.])"
+    r"(?=[-+$(\[\d\\.]|[A-Za-z] ?=)"
     r"|[\u4e00-\u9fff]{1,10}(?<!不)[是为](?=[-\d\\])"
 )
 _ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")  # `, since it is a square`

@@ -262,6 +262,7 @@ def _unit(text: str) -> tuple[tuple[str, ...], Fraction] | None:
 _BEFORE_UNIT = re.compile(
     rf"(?:(?<=[\d}})\].万亿{_CHINESE}])(?P<gap> ?| ?-(?=[a-z]))|(?<=[a-z]) )(?=[^\W\d_]|[°%$€£¥¢₹])"
 )
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 DEGREE, RADIAN = _unit("°"), _unit("rad")
 
 
@@ -279,6 +280,8 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
         value, rest = text[: m.start()], text[m.end() :]
         factor = m["gap"] == "" and re.fullmatch(f"(?![{_ATTACHED}])[A-Za-z]", rest) and not attached
         factor = factor or (value.endswith("\\pi") and re.fullmatch("[A-Za-ln-z]", rest))  # 2 pi h
+        if number(value) is None and _VARIABLE.search(value):  # r^2 h
+            factor = factor or re.fullmatch("[A-Za-z]", rest)
         of_angle = rest.startswith("°") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
         if len(rest) > 60 or factor or of_angle or not (re.search(r"\d|\\pi", value) or number(value)):
             continue

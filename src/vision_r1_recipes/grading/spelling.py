@@ -85,7 +85,7 @@ _LATEX = [
     (r"(?<![A-Za-z\\])(sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z\d])", r"\\infty "),
     (r"\\Delta(?= ?[A-Z]{3}(?![A-Za-z]))", r"\\triangle"),
-    (r"^\\\{ ?([a-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:](.*)\\\}$", r"\2"),
+    (r"^(?:\\?\{ ?)?([a-z])(?: ?\\in ?\\mathbb\{R\})? ?[|:] ?(?=\1\b)(.*?)(?:\\?\})?$", r"\2"),
     (r"(?<![A-Za-z\\])([Aa]ngle|[Tt]riangle)(?= ?[A-Z]{1,3}\b)", lambda m: f"\\{m[1].lower()} "),
     (r"(?<=[A-Z]) ?// ?(?=[A-Z])", r"\\parallel "),
     (r"\\langle(?![A-Za-z])", "("),
@@ -95,8 +95,8 @@ _LATEX = [
     (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
     *[(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)", r"\1{\2}")] * 3,
     (r"\\sqrt\s*(\[\d+\])?\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\\sqrt\1{\2}"),
-    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
-    (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d)", r"\1{\2}"),
+    (r"\\frac\s*(\d)\s*(?=[\d{A-Za-z])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d|[A-Za-z](?![A-Za-z]))", r"\1{\2}"),
     (r"\^\s*([+-]?\d+)", r"^{\1}"),
     (r"\^\s*([A-Za-z])", r"^{\1}"),
     (r"_\s*(\w)", r"_{\1}"),
@@ -213,7 +213,7 @@ def clean(text: str) -> str:
 
 
 # A molecule or an ion: subscripts and charges may be written in any way, but `CO` is not `Co`.
-FORMULA = re.compile(r"(?=.*[\d+-])(?:[A-Z][a-z]? ?(?:_?\{?\d+\}?)?|\(|\))+ ?(?:\^?\{?\d*[+-]\}?)?")
+FORMULA = re.compile(r"(?=.*[\d+-])(?:[A-Z][a-z]? ?(?:_?\{?\d+\}?)?|\(|\))+ ?(?:\^?\{?\d*\}?[+-]\}?)?")
 
 _AMONG_CIRCLED = re.compile(rf"(?<=[{_CIRCLED}])[ ,]+(?=[{_CIRCLED}])")
 _DIGIT, _LONG_WORD = re.compile(r"\d"), re.compile(r"[^\W\d_]{4}")
