@@ -33,7 +33,7 @@ from vision_r1_recipes.rewards import hfrrf, parse_format
 
 
 GROUPS, GROUP, THINKING = 125, 16, 3000
-LIMIT = 120  # seconds for a grader that may hang for good
+LIMIT = 60  # seconds for a grader that may hang for good
 # gold: right answers, wrong answers; by the shares that Vision-R1-rl's sources suggest
 KINDS = [
     (5, lambda n: ("ABCD"[n % 4], ["{0}", "{0}. {1}", "({0})", "option {0}."], ["ABCD"[(n + 1) % 4], "A or B"])),
@@ -163,7 +163,7 @@ def main() -> None:
     took, lost, size = perf_counter() - start, round(logged["grader_timeouts"]), grading.POOL.size
     print(
         f"\n`hfrrf` on another such batch: {took:.1f} s, {lost} completions given up on; bound for these "
-        f"ceil({lost} / {size}) x {workers.CPU_SECONDS} s = {ceil(lost / size) * workers.CPU_SECONDS:.0f} s"
+        f"ceil({lost} / {size}) x {workers.CPU_SECONDS} s = {ceil(lost / size) * workers.CPU_SECONDS:.1f} s"
     )
 
 

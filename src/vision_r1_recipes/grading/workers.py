@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 
-CPU_SECONDS = 1.0  # of a worker for one request; then the kernel ends it, inside C code too
+CPU_SECONDS = 0.8  # of a worker for one request; then the kernel ends it, inside C code too
 MEMORY_BYTES = 2 * 2**30  # of address space; a request that wants more is given up
 WALL_SECONDS = 20  # until the parent ends a worker that neither answers nor uses its CPU time
 START_SECONDS = 120  # for importing sympy, which a cold network disk makes slow
