@@ -451,7 +451,7 @@ def generation_prefix(processor: ProcessorMixin, **template_kwargs) -> str:
     `<think>` where the chat template's generation prompt opens the reasoning itself (Qwen3-VL-Thinking's does), so
     that no completion holds the tag; else empty. Rewards and evaluation put it before a completion.
     """
-    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    question = [{"role": "user", "content": "?"}]  # text: a language model's template may know no parts
     text = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **template_kwargs)
     return "<think>" if text.rstrip().endswith("<think>") else ""
 

@@ -20,6 +20,23 @@ MAX_MATHS = 600  # characters; a longer expression does not go to sympy
 POOL = Pool(size=min(4, os.cpu_count() or 1))
 
 
+# Golds that are whole although they end in a sign, that are broken, and that are compared as text.
+_ION = re.compile(r"[A-Z][a-z]?[\d_^{}]*[+-]\}?$")
+_OPEN_END = re.compile(r"\S ?(?:[-+*/^=<>]|\\(?:times|div|cdot|le|ge|ne|pm)) ?$")
+_SIGN = re.compile(r"[-+*/<>=]|\\(?:times|div|le|ge|ne) ?")
+_DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
+# What a model says around a value, where nothing else in it can be meant.
+_NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
+_SENTENCE = re.compile(  # `The area is `, `面积是`
+    rf"{_NO_DOUBT}[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){{0,80}}? "
+    r"(?:is|are|equals|was|has|have|makes?|costs?|weighs?|measures?|earns?|needs?|takes?)(?: equal to)?:? "
+    r"(?=[-+$(\[\d\\.]|[A-Za-z] ?=)"
+    r"|[\u4e00-\u9fff]{1,10}(?<!不)[是为](?=[-\d\\])"
+)
+_ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")  # `, since it is a square`
+_NEGATIONS = {"not", "t", "never", "neither"}
+
+
 def _costly(text: str) -> bool:
     """Text that sympy must not see. One linear scan; what it misses is ended by the worker's clock."""
     flat = re.sub(r"[\s{}()\[\]]", "", text)
@@ -164,8 +181,7 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         return letters == letters_of(answer)
     if verdict := yes_or_no(gold):
         word, reason = yes_or_no(answer) or ("", frozenset())
-        negated = len({"not", "t", "never", "neither"} & (reason ^ verdict[1])) > 0 and reason and verdict[1]
-        return word == verdict[0] and not negated and (reason <= verdict[1] or reason >= verdict[1])
+        return word == verdict[0] and _same_reasons(verdict[1], reason)
     if letter_of(answer) and (option := OPTION.fullmatch(answer))["rest"]:
         answer = option["rest"].strip()
     if not _is_words(gold) and len(answer) < 300:
@@ -184,6 +200,13 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         return (gold, answer) if not (needs_equal_text(gold) or _costly(answer)) else False
 
 
+def _same_reasons(gold: frozenset[str], answer: frozenset[str]) -> bool:
+    """Whether the words behind a yes or no agree: one may say less than the other, or nothing, but not the opposite."""
+    if not gold or not answer:
+        return True
+    return (gold <= answer or answer <= gold) and not _NEGATIONS & (gold ^ answer)
+
+
 class _NeedsSympy(Exception):
     pass
 
@@ -200,18 +223,3 @@ class _WithoutSympy(Comparison):
 
 
 _WITHOUT_SYMPY = _WithoutSympy()
-
-
-_ION = re.compile(r"[A-Z][a-z]?[\d_^{}]*[+-]\}?$")
-_OPEN_END = re.compile(r"\S ?(?:[-+*/^=<>]|\\(?:times|div|cdot|le|ge|ne|pm)) ?$")
-_SIGN = re.compile(r"[-+*/<>=]|\\(?:times|div|le|ge|ne) ?")
-_DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
-_NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
-# `The area is `, `面积是`: what a model says before the value
-_SENTENCE = re.compile(
-    rf"{_NO_DOUBT}[A-Za-z](?:[A-Za-z ,']|\\(?:angle|triangle) ){{0,80}}? "
-    r"(?:is|are|equals|was|has|have|makes?|costs?|weighs?|measures?|earns?|needs?|takes?)(?: equal to)?:? "
-    r"(?=[-+$(\[\d\\.]|[A-Za-z] ?=)"
-    r"|[\u4e00-\u9fff]{1,10}(?<!不)[是为](?=[-\d\\])"
-)
-_ASIDE = re.compile(rf"(?: \(|, ?(?=since|because|as )){_NO_DOUBT}[a-z ,]{{3,80}}\)?$")  # `, since it is a square`
