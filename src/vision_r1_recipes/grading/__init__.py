@@ -201,7 +201,7 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
 
 
 def _same_reasons(gold: frozenset[str], answer: frozenset[str]) -> bool:
-    """Whether the words behind a yes or no agree: one may say less than the other, or nothing, but not the opposite."""
+    """Whether the words behind a yes or no agree: one may say less than the other, but not the opposite."""
     if not gold or not answer:
         return True
     return (gold <= answer or answer <= gold) and not _NEGATIONS & (gold ^ answer)
