@@ -214,7 +214,7 @@ _ATTACHED = "mgsLhNJWVΩK"  # one letter without a space is a unit and not a fac
 _NOUN = re.compile(r"[a-z]{3,}(?:[ -][a-z]{3,}){0,2}|[\u4e00-\u9fff]{1,4}")
 _NOT_A_NOUN = re.compile(
     r"\b(?:or|and|not|no|never|to|than|about|over|under|less|more|fewer|least|most|up|down|but|except|if|is|are|was|"
-    r"wrong|false|incorrect|maybe|nope|nor|none|isn|cannot|minus|plus|times|half|each|per|squared|cubed|divided|by|"
+    r"wrong|false|incorrect|maybe|probably|possibly|perhaps|likely|nope|nor|none|isn|cannot|minus|plus|times|half|each|per|squared|cubed|divided|by|"
     r"hundred|thousand|million|billion|trillion|dozen|root|pi|sqrt|square|cube|percent)\b"
     r"|[或不和到至多少万千百十亿半分倍非没]"
 )

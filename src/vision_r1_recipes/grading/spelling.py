@@ -115,7 +115,7 @@ _LEAD_IN = re.compile(
     r"|(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s+)?"
     r"(?:answer|result|choice|selection)\s*(?:\b(?:is|are|should be)\b\s*:?|[:=])\s*"
     r"|(?:所以|因此|故)?[,\s]*(?:最终|最后|正确)?的?(?:答案|结果)\s*(?:(?:是|为|:)\s*:?\s*|(?=选))|(?:所以|因此|故)[,\s]*"
-    r"|\\approx\s*|(?:approximately|approx\.|about|roughly|around)\s+(?=[\d$\\-])|约(?:为|是)?\s*(?=\d)|=\s*"
+    r"|\\approx\s*|(?:approximately|approx\.|about|roughly|around|exactly)\s+(?=[\d$\\-])|约(?:为|是)?\s*(?=\d)|=\s*"
     r"|(?:in )?(?:the year )?(?=\d{4}$)|(?:一?共有?|总共|等于|大约)(?=\d)",
     re.I,
 )
