@@ -75,6 +75,7 @@ HOSTILE = {
     "JSON": '7"]\n["same", ["7", "7"]]',
     "newlines": "8\n" * 4_000,
     "million digits": "8" * 1_000_000,
+    "long decimal": "7." + "0" * 500_000 + "1",
     "brackets around a million digits": "(" * 60 + "8" * 1_000_000 + ")" * 60,
     "big matrix": r"\begin{pmatrix}" + r"\\".join(["&".join(["1"] * 100)] * 90) + r"\end{pmatrix}",
     "matrix power": r"\begin{pmatrix}1&x\\y&2\end{pmatrix}^{999}",
@@ -127,7 +128,7 @@ def test_the_golden_file_is_what_it_says():
 def test_hostile_answers_are_wrong(gold, impatient):
     for kind, answer in HOSTILE.items():
         assert grade(gold, answer) is False, kind
-    assert grade(r"2\sqrt{3}", r"\sqrt{12}"), "the worker still works"
+    assert grade(*next(unused)), "the worker still works"
     assert not os.path.exists("/tmp/hfrrf_was_here")
 
 
@@ -150,6 +151,8 @@ def test_equal_text_passes_before_any_parsing(text):
 
 def test_digits_beyond_the_limit_of_int():
     assert grade("7" * 5000, "7" * 5000 + ".0")
+    assert grade("7", "7." + "0" * 500_000)
+    assert not grade(r"\frac{1}{3}", "0." + "3" * 500_000)
     assert grade("7" * 20_000, f"{'7' * 2},{','.join(['777'] * 6666)}")
     assert not grade("7" * 20_000, "7" * 19_999 + "8")
     assert not grade("7" * 5000, "7" * 4999 + "8")
@@ -289,7 +292,7 @@ def test_an_intruder_makes_it_wrong(gold):
 
 
 @pytest.mark.parametrize(
-    "gold", ["", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", "x =", "x <", None, 7]
+    "gold", ["", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", "x =", "x <", "1/0", None, 7]
 )
 def test_a_gold_that_cannot_be_graded(gold):
     assert check_gold(gold)
@@ -444,6 +447,7 @@ def test_hfrrf_takes_trls_forms_and_reports():
         assert format_reward(completions, solution=["7"] * 4) == [1.0, 1.0, 0.0, 0.0]
         assert accuracy_reward(completions, ["7"] * 4, trainer_state=None) == [1.0, 0.0, 1.0, 0.0]
     assert hfrrf([], []) == []
+    assert hfrrf([[{"role": "assistant"}]], ["7"]) == [0.0]
     assert (
         hfrrf([[], [{"role": "assistant", "content": ""}], [{"role": "assistant", "content": None}]], ["7"] * 3)
         == [0.0] * 3
@@ -521,8 +525,8 @@ def test_a_late_reply_is_not_the_next_items(monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(workers.Worker, "_read", interrupted)
-        grade(*next(unused))
-    assert not grade(r"2\sqrt{3}", r"\sqrt{13}")
+        grade("2x+1", "1+x+x")  # right, which the worker says too late
+    assert not grade("2x+1", "3+x+x")
     assert grade(*next(unused))
 
 

@@ -125,7 +125,7 @@ def _last_answer(text: str) -> str | None:
 
 
 def _texts(completions: list, prefixes: Sequence[str] | None) -> list[str]:
-    contents = [c if isinstance(c, str) else c[-1]["content"] if c else "" for c in completions]
+    contents = [c if isinstance(c, str) else c[-1].get("content") if c else "" for c in completions]
     texts = [c if isinstance(c, str) else "".join(block.get("text") or "" for block in c or ()) for c in contents]
     return texts if prefixes is None else [a + b for a, b in zip(prefixes, texts, strict=True)]
 

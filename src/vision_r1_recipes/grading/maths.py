@@ -25,6 +25,7 @@ _TEXT_ONLY = re.compile(
     rf"(?<!\\)\\(?!(?:{_COMMANDS})(?![A-Za-z])|[\\{{}}])"
     r"|\d [\d.]|\d ?[_']|[^\w\s\\{}()\[\]+*/^.,|<>=!&-]|\b(?:or|and|not|no|is|in|of|if)\b|\.\."
     r"|(?<!\\)\b[A-Za-z]+\d+(?![\d^A-Za-z({\\])|[-+*/^=<>] ?(?:[)\]}]|$)|[({\[] ?[*/^]"
+    r"|\([^()\[\]]*\]|\[[^()\[\]]*\)"
 )
 # `ABC` is a triangle and `H2O` water, no product, unless there is more of a formula about it.
 _NAME = re.compile(r"(?s)(?!.*\\(?!angle|triangle|overline|to)).*[A-Z][A-Z\d]")
@@ -145,6 +146,8 @@ def _equal(gold: sympy.Expr, answer: sympy.Expr) -> bool:
     """Whether two expressions have one value wherever the gold has a real one: exactly for rational numbers, else in
     50 digits."""
     gold, answer = gold.doit(), answer.doit()
+    if gold.has(sympy.zoo, sympy.nan):
+        return False
     if gold == answer:
         return True
     rational = {gold.is_rational, answer.is_rational}
@@ -172,7 +175,10 @@ def unparseable(gold: str) -> str | None:
                 or not value.isascii()
                 or LABEL.fullmatch(value)
             )
-            if not plain and number(value) is None and _parse(value) is None:
+            if plain or number(value) is not None:
+                continue
+            parsed = _parse(value)
+            if parsed is None or (isinstance(parsed, sympy.Expr) and parsed.has(sympy.zoo, sympy.nan)):
                 return value
     return None
 

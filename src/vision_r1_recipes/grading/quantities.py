@@ -3,7 +3,7 @@
 import functools
 import re
 import unicodedata
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
 
 from .spelling import without_brackets
@@ -41,10 +41,12 @@ def _decimal(text: str) -> Fraction | Decimal:
 
 def equal_numbers(a: Fraction | Decimal, b: Fraction | Decimal) -> bool:
     """`a == b` for all kinds."""
-    if isinstance(a, Decimal) and isinstance(b, Decimal):
+    if type(a) is type(b):
         return a == b
-    a, b = (Fraction(x) if isinstance(x, Decimal) and abs(x.adjusted()) < 10_000 else x for x in (a, b))
-    return a == b
+    whole, part = (a, b) if isinstance(a, Decimal) else (b, a)
+    digits = len(whole.as_tuple().digits) + len(str(part.denominator))
+    context = Context(prec=digits, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+    return context.multiply(whole, part.denominator) == part.numerator  # exact: as many digits as it can have
 
 
 def _in_words(text: str) -> Fraction | None:
@@ -215,8 +217,11 @@ _NOUN = re.compile(r"[a-z]{3,}(?:[ -][a-z]{3,}){0,2}|[\u4e00-\u9fff]{1,4}")
 _NOT_A_NOUN = re.compile(
     r"\b(?:or|and|not|no|never|to|than|about|over|under|less|more|fewer|least|most|up|down|but|except|if|is|are|was|"
     r"wrong|false|incorrect|maybe|probably|possibly|perhaps|likely|nope|nor|none|isn|cannot|minus|plus|times|half|each|per|squared|cubed|divided|by|"
-    r"hundred|thousand|million|billion|trillion|dozen|root|pi|sqrt|square|cube|percent)\b"
-    r"|[或不和到至多少万千百十亿半分倍非没]"
+    r"(?:hundred|thousand|million|billion|trillion|dozen|half|third|quarter|double|triple)(?:th)?s?|root|square|cube|"
+    r"halves|halved|doubled|tripled|score|factorial|reciprocal|inverse|opposite|negative|positive|below|above|zero|"
+    r"[a-z]+(?:teen|ty|[fxnh]th|eenth|ieth)s?|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+    r"pi|sqrt|percent)\b"
+    r"|[或不和到至多少万千百十亿半分倍非没以折]"
 )
 _AROUND = re.compile(
     r"^in (?:total|all)$| ?\b(?:in total|in all|altogether|total|long|wide|tall|high|deep|old|approx)$"

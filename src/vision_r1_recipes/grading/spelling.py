@@ -56,7 +56,7 @@ _LATEX = [
     (r"\\(?:text|mathrm)\s*\{\s*([A-Z][a-z]?)\s*\}(?=\s*_)", r"\1"),
     (r"(_\{?\d+\}?)\s*\\(?:text|mathrm)\s*\{\s*([A-Z][a-z]?)\s*\}", r"\1\2"),
     (r"\\(?:left|right|displaystyle|limits|rm|bf|it|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-    (r"(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|~|(?<!\\)\{\}", " "),
+    (r"(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|(?<!~)~(?!~)|(?<!\\)\{\}", " "),
     (
         r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname|boldsymbol)\s*"
         r"\{((?:[^{}]|\{[^{}]*\})*)\}",
@@ -142,8 +142,8 @@ def without_brackets(text: str) -> str:
     opening = len(text) - len(text.lstrip("({ "))
     for _ in range(min(opening, 60)):
         if (
-            text[:1] not in ("(", "{")
-            or text.startswith("{}")
+            text[:1] + text[-1:] not in ("()", "{}")
+            or len(text) < 3
             or re.search("[,;]", text)
             or closing(text) != len(text) - 1
         ):
@@ -245,12 +245,32 @@ OPTION = re.compile(
     r"| - | (?=[\d$(]))(?P<rest>.*)",
     re.I | re.S,
 )
+# Another letter in what stands behind the first one: any that stands alone, unless a word names it (`Point A`) or it
+# is an article. Words that join or hedge name nothing.
 _OTHER = re.compile(
-    r"(?:\b(?:or|and|not|option|choice|answer|is|be)\b[ :]*|[,/;&(:] ?|^ ?(?!A [a-z]{2}))([A-J])(?![\w'])"
-    r"|\b([A-J])[.)](?= |$)"
+    r"(?:(?<![\\A-Za-z'])(\\(?:angle|triangle)|[A-Za-z]{2,}) +|([\u4e00-\u9fff]))?"
+    r"[^\w\s]*(?<![A-Za-z\d_])([A-HJ])(?![\w'])"
+)
+_JOINS = re.compile(
+    r"or|and|not|nor|but|also|then|maybe|perhaps|possibly|probably|actually|wait|because|since|is|be|option|choice|"
+    r"answer|choose|select|versus|vs|to|either"
+)
+_JOINS_IN_CHINESE = "或和及与选有是为"
+_REFUSED = re.compile(
+    r"^\W*(?:or|nor|but|and)\b|\b(?:is|are|was|be) (?:not|wrong|incorrect|false)\b|\bnot (?:right|correct|it)\b"
+    r"|\bcan(?:not|'t) be (?:right|correct)\b|n't\b|\((?:wrong|incorrect|false|not)\b",
+    re.I,
 )
 _LETTERS = re.compile(
     r"[(\[]?[A-J][)\].]{0,2}(?:(?: ?[,;/] ?| ?, ?and |(?: and)? )[(\[]?[A-J][)\].]{0,2})+|[A-J]{2,6}"
+)
+
+
+# `B. 65 is not the answer`, but not `B. The lines are not parallel`
+_ABOUT_THE_LETTER = re.compile(
+    r"\bnot (?:the )?(?:answer|right|correct|it\b)|\b(?:which|that|this|it) is (?:wrong|incorrect|false)"
+    r"|^\W*(?:is |can(?:not|'t) be (?:right|correct))|\((?:wrong|incorrect|false|not)\b",
+    re.I,
 )
 
 
@@ -264,9 +284,14 @@ def letter_of(text: str) -> str | None:
         return None
     if match["letter"].islower() and (match["sep"] not in (")", ").", "]", ".", "") or (rest and not match["sep"])):
         return None
-    if re.search(r"\b(?:wrong|incorrect)\b|\b(?:is|are) not\b|n't\b", rest) and not match["sep"]:
+    refused = _REFUSED.search(rest)
+    if refused and (not match["sep"] or refused.start() == 0 or _ABOUT_THE_LETTER.search(rest)):
         return None
-    others = {a or b for a, b in _OTHER.findall(rest)}
+    others = set()
+    for word, sign, other in _OTHER.findall(rest.upper() if match["letter"].islower() else rest):
+        article = other == "A" and re.match(r"\W*[Aa] [a-z]{2}", rest)
+        if not article and (not word or _JOINS.fullmatch(word.lower())) and (not sign or sign in _JOINS_IN_CHINESE):
+            others.add(other)
     if match["sep"] == ",":
         others.update(re.findall(r"\b[A-J]\b", rest))
     return letter if others <= {letter} else None
@@ -280,11 +305,17 @@ def letters_of(text: str) -> frozenset[str] | None:
     return frozenset(letters) if len(set(letters)) == len(letters) else None
 
 
+_DENIAL = re.compile(r"\W*(?:(?:it|they|this|that) )?(?:(?:is|are|does|do|was|were)(?: not|n't)|not)\W*", re.I)
+
+
 def yes_or_no(text: str) -> tuple[str, frozenset[str]] | None:
     """`yes`, `no`, `true` or `false`, and the words of a reason, when `text` says just that."""
     match = re.match(
         r"(yes|no|true|false)(?:(?: ?[.,;:!-] ?| (?=it|they|the|this|that|because))(.*))?$", text, re.I | re.S
     )
-    if not match or re.search(r"\b(yes|no|true|false|or|maybe)\b", match[2] or "", re.I):
+    reason = match[2] or "" if match else ""
+    if not match or re.search(r"\b(yes|no|true|false|or|maybe|wrong|incorrect)\b", reason, re.I):
+        return None
+    if match[1].lower() in ("yes", "true") and _DENIAL.fullmatch(reason):
         return None
     return match[1].lower(), frozenset(re.findall(r"\w+", (match[2] or "").lower()))
