@@ -170,11 +170,12 @@ def _cheap(gold: str, answer: str | None) -> bool | tuple[str, str]:
         values = value(gold), value(answer)
         return plain(gold) == plain(answer) or (None not in values and equal_numbers(*values))
     answer, *again = re.split(r"\.?\s*\n\s*(?:final )?answer\s*:\s*", answer, flags=re.I)
+    lines = [clean(line) for line in answer.split("\n")[1:] if line.strip()]
     gold, answer = clean(gold), clean(answer)
     if any(fold(clean(other)) != fold(answer) for other in again):
         return False
     if letter := letter_of(gold):
-        return letter == letter_of(answer)
+        return letter == letter_of(answer) and all(letter_of(line) in (None, letter) for line in lines)
     if not answer or fold(gold) == fold(answer):
         return bool(answer)
     if letters := letters_of(gold):

@@ -25,7 +25,7 @@ _TEXT_ONLY = re.compile(
     rf"(?<!\\)\\(?!(?:{_COMMANDS})(?![A-Za-z])|[\\{{}}])"
     r"|\d [\d.]|\d ?[_']|[^\w\s\\{}()\[\]+*/^.,|<>=!&-]|\b(?:or|and|not|no|is|in|of|if)\b|\.\."
     r"|(?<!\\)\b[A-Za-z]+\d+(?![\d^A-Za-z({\\])|[-+*/^=<>] ?(?:[)\]}]|$)|[({\[] ?[*/^]"
-    r"|\([^()\[\]]*\]|\[[^()\[\]]*\)"
+    r"|\\infty ?[\w\\]|\([^()\[\]]*\]|\[[^()\[\]]*\)"
 )
 # `ABC` is a triangle and `H2O` water, no product, unless there is more of a formula about it.
 _NAME = re.compile(r"(?s)(?!.*\\(?!angle|triangle|overline|to)).*[A-Z][A-Z\d]")

@@ -221,7 +221,7 @@ _NOT_A_NOUN = re.compile(
     r"halves|halved|doubled|tripled|score|factorial|reciprocal|inverse|opposite|negative|positive|below|above|zero|"
     r"[a-z]+(?:teen|ty|[fxnh]th|eenth|ieth)s?|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
     r"pi|sqrt|percent)\b"
-    r"|[或不和到至多少万千百十亿半分倍非没以折]"
+    r"|[或不和到至多少万千百十亿半分倍非没以折零一二两三四五六七八九]"
 )
 _AROUND = re.compile(
     r"^in (?:total|all)$| ?\b(?:in total|in all|altogether|total|long|wide|tall|high|deep|old|approx)$"

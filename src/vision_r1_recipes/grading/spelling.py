@@ -155,7 +155,11 @@ def without_brackets(text: str) -> str:
 _END_OF_TURN = re.compile(r"\s*<\|[a-z_]{1,20}\|>$")
 _EMPHASISED_LABEL = re.compile(r"^(\*{1,2}|_{1,2})([^*_\n]{1,30}:)\1\s*")
 _FINAL_STOP = re.compile(r"[^.]\.$|[^\\][,;]$|(?:^|\s)[A-Za-z]{2,}!$|！$")
-_NO_LEAD_IN = re.compile(r"\d|\bor\b|\bnot\b|\\")
+_BEFORE_BOX = re.compile(
+    r"\W*(?:(?!.*\b(?:not|no|or|never)\b)(?:[A-Za-z][A-Za-z ,']*(?:\b(?:is|are|be|answer|equals|get|have)\b|[:=])"
+    r"|so|thus|hence|therefore)\W*|(?:最终|正确)?答案\W*[是为]?\W*)?",
+    re.I,
+)
 
 
 def _unwrap(text: str) -> str:
@@ -184,7 +188,7 @@ def _unbox(text: str) -> str:
     """What is in the only box of `text`, if it ends with that and nothing else before it can be an answer."""
     before, _, box = text.partition(r"\boxed")
     box = box.lstrip()
-    if not box or r"\boxed" in box or _NO_LEAD_IN.search(before):
+    if not box or r"\boxed" in box or not _BEFORE_BOX.fullmatch(before):
         return text
     if box[0] == "{" and closing(box) == len(box) - 1:
         return box[1:-1]
@@ -249,7 +253,7 @@ OPTION = re.compile(
 # is an article. Words that join or hedge name nothing.
 _OTHER = re.compile(
     r"(?:(?<![\\A-Za-z'])(\\(?:angle|triangle)|[A-Za-z]{2,}) +|([\u4e00-\u9fff]))?"
-    r"[^\w\s]*(?<![A-Za-z\d_])([A-HJ])(?![\w'])"
+    r"[^\w\s]*(?<![A-Za-z\d_])([A-HJ])(?![\w'])([.):] )?"
 )
 _JOINS = re.compile(
     r"or|and|not|nor|but|also|then|maybe|perhaps|possibly|probably|actually|wait|because|since|is|be|option|choice|"
@@ -288,9 +292,13 @@ def letter_of(text: str) -> str | None:
     if refused and (not match["sep"] or refused.start() == 0 or _ABOUT_THE_LETTER.search(rest)):
         return None
     others = set()
-    for word, sign, other in _OTHER.findall(rest.upper() if match["letter"].islower() else rest):
+    for word, sign, other, labels in _OTHER.findall(rest.upper() if match["letter"].islower() else rest):
         article = other == "A" and re.match(r"\W*[Aa] [a-z]{2}", rest)
-        if not article and (not word or _JOINS.fullmatch(word.lower())) and (not sign or sign in _JOINS_IN_CHINESE):
+        if (
+            not article
+            and (not word or labels or _JOINS.fullmatch(word.lower()))
+            and (not sign or sign in _JOINS_IN_CHINESE)
+        ):
             others.add(other)
     if match["sep"] == ",":
         others.update(re.findall(r"\b[A-J]\b", rest))

@@ -21,6 +21,8 @@ _NAMES = re.compile(
     rf"(?:{LABEL.pattern}|\\frac|[/:|]|[A-Za-z] ?\([\w, ]{{1,12}}\)|\((?: ?[A-Za-z]\w? ?,)+ ?[A-Za-z]\w? ?\))++"
 )
 
+_NO_NAME = re.compile(r"\b(?:not|no|never|nor|or|and|if|unless|without|than|less|more|least|most|n't|Not|No)\b")
+
 # -------- taking apart
 
 
@@ -41,9 +43,13 @@ def split(text: str, separator: str) -> list[str]:
 def _named(text: str) -> tuple[str, str]:
     """What stands before `=` and the rest; the first is empty where that is not a name, or not the only relation."""
     name, *rest = split(text, RELATION.pattern)
-    if len(rest) == 1 and RELATION.search(text)[0] == "=" and rest[0] and len(name) < 40 and _NAMES.fullmatch(name):
+    if len(rest) == 1 and RELATION.search(text)[0] == "=" and rest[0] and _is_name(name, _NAMES):
         return _name(name), rest[0]
     return "", text
+
+
+def _is_name(text: str, names: re.Pattern) -> bool:
+    return len(text) < 40 and names.fullmatch(text) is not None and not _NO_NAME.search(text)
 
 
 def items_of(text: str) -> tuple[str, list[str]]:
@@ -170,7 +176,7 @@ class Comparison(ABC):
             if sorted(map(fold, g_parts)) == sorted(map(fold, a_parts)):
                 return True
             return len(g_parts) == len(a_parts) == 2 and self.ratio(*g_parts, *a_parts) != 0
-        if len(a_parts) > 1 and len(a_parts[0]) < 40 and LABEL.fullmatch(a_parts[0]):
+        if len(a_parts) > 1 and _is_name(a_parts[0], LABEL):
             del a_parts[0]
         return all(self.same_value(gold, part) for part in a_parts)
 
