@@ -326,4 +326,4 @@ def yes_or_no(text: str) -> tuple[str, frozenset[str]] | None:
         return None
     if match[1].lower() in ("yes", "true") and _DENIAL.fullmatch(reason):
         return None
-    return match[1].lower(), frozenset(re.findall(r"\w+", (match[2] or "").lower()))
+    return match[1].lower(), frozenset(re.findall(r"\w+", reason.lower()))

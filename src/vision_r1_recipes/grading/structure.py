@@ -82,7 +82,7 @@ def region_of(text: str) -> list[list[Condition]] | None:
     """Intervals and inequalities as a union of conjunctions of conditions; `None` for anything else."""
     found = []
     for part in split(text, r"\\cup(?![A-Za-z])| or | U "):
-        if part in (r"\mathbb{R}", r"\mathbb{R} "):
+        if part == r"\mathbb{R}":
             part = r"(-\infty,\infty)"
         conditions = _interval(part) if re.match(r"[(\[\]]", part) else _inequalities(part)
         if not conditions:
