@@ -4,6 +4,7 @@ Read a recipe: one YAML file per run, `base:` inheritance, unknown keys fatal, t
 ```shell
 python -m vision_r1_recipes.recipe expand recipes/ptst.yaml                  # the recipe after inheritance
 python -m vision_r1_recipes.recipe get recipes/ptst.yaml output_dir          # one value, for scripts
+python -m vision_r1_recipes.recipe diff recipes/ptst.yaml recipes/long.yaml  # what differs after inheritance
 python -m vision_r1_recipes.recipe plan recipes/ptst.yaml --world-size 64    # the arithmetic and every problem, no GPU
 ```
 """
@@ -40,6 +41,9 @@ ENTANGLED = (
     *("max_completion_length", "max_steps", "num_train_epochs", "steps_per_generation", "generation_batch_size"),
     *("logging_steps", "save_steps", "eval_steps", "save_strategy", "eval_strategy"),
 )
+
+
+ABSENT = "(not set)"  # of a key in a difference
 
 
 class RecipeError(ValueError):
@@ -99,6 +103,12 @@ def load(path: str | Path, _children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"`base`: {base!r} in {path}: name one file, relative to this one.")
     return merge(load(path.parent / base, (*_children, path)), content)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every key whose value differs between two resolved recipes, with both values; `ABSENT` where one lacks it."""
+    keys = dict.fromkeys([*a, *b])
+    return {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in keys if a.get(key, ABSENT) != b.get(key, ABSENT)}
 
 
 def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
@@ -317,14 +327,26 @@ def dump(recipe: Any) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=119)
 
 
+def _describe_differences(a: dict[str, Any], b: dict[str, Any]) -> str:
+    def shown(value: Any, sign: str) -> str:
+        flow = yaml.safe_dump(value, default_flow_style=None, sort_keys=False, allow_unicode=True, width=119)
+        lines = value if isinstance(value, str) else flow.removesuffix("...\n")
+        return "\n".join(f"  {sign} {line}" for line in lines.rstrip("\n").splitlines())
+
+    found = differences(a, b)
+    return "\n".join(f"{k}:\n{shown(old, '-')}\n{shown(new, '+')}" for k, (old, new) in found.items()) or "the same"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vision_r1_recipes.recipe", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     expand = commands.add_parser("expand", help="print the recipe after inheritance and overrides")
     get = commands.add_parser("get", help="print one value")
     plan = commands.add_parser("plan", help="print the arithmetic and every problem; exit code 2 if there is one")
-    for command in (expand, get, plan):
+    diff = commands.add_parser("diff", help="print what differs between two recipes after inheritance")
+    for command in (expand, get, plan, diff):
         command.add_argument("recipe")
+    diff.add_argument("other", help="the second recipe, with the overrides that follow")
     get.add_argument("key", help="a dot goes into a dict or a list: stages.0.steps")
     plan.add_argument("--world-size", "--world_size", type=int, default=1, help="training processes")
     plan.add_argument("--gpus", type=int, help="all GPUs, those of a vLLM server included")
@@ -341,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if problems:
                 print(f"\n{len(problems)} problem(s):", *(f"- {problem}" for problem in problems), sep="\n")
             return 2 if problems else 0
+        if args.command == "diff":
+            print(_describe_differences(load(args.recipe), merge(load(args.other), parse_overrides(rest))))
+            return 0
         value: Any = merge(load(args.recipe), parse_overrides(rest))
         if args.command == "get":
             for part in args.key.split("."):
