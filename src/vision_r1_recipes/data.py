@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,7 @@ from .recipe import RecipeError, check_keys
 
 
 MARKER = "<image>"
-SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit")
+SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit", "drop_reasoning")
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _TURNS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
@@ -152,8 +153,9 @@ def load_rows(
 
     Args:
         sources (`list[dict]`):
-            `{path, name?, split?, data_files?, image_folder?, limit?}`: a Hub id, folder or file; `image_folder` is
-            where the pictures of a cold-start file lie (default: beside it); `limit` takes the first rows only.
+            `{path, name?, split?, data_files?, image_folder?, limit?, drop_reasoning?}`: a Hub id, folder or file;
+            `image_folder` is where the pictures of a cold-start file lie (default: beside it); `limit` takes the
+            first rows only; `drop_reasoning` empties the `<think>` of an SFT row and keeps its answer.
         kind (`str`):
             `"rl"`: rows `{prompt, images, solution}`. `"sft"`: rows `{prompt, completion, images}`.
         max_length (`int`, *optional*):
@@ -172,6 +174,8 @@ def load_rows(
     parts = []
     for i, source in enumerate(sources):
         rows, convert, folder = _read(source, kind, f"{name}[{i}]")
+        if source.get("drop_reasoning"):
+            convert = partial(_without_reasoning, convert)
         bounds = image_bounds(processor)
         parts.append(
             rows.map(
@@ -217,6 +221,8 @@ def check_source(source: Mapping[str, Any], where: str) -> None:
     check_keys(dict(source), SOURCE_KEYS, f"{where}.")
     if not isinstance(source.get("path"), str):
         raise RecipeError(f"{where} has no `path`: {dict(source)}.")
+    if not isinstance(source.get("drop_reasoning", False), bool):
+        raise RecipeError(f"{where}: `drop_reasoning`: {source['drop_reasoning']!r}, needs true or false.")
     limit = source.get("limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise RecipeError(f"{where}: `limit`: {limit!r}, needs a whole number of at least 1.")
@@ -348,6 +354,14 @@ def _from_conversations(row):
     if not turns[-1][1].strip():
         raise _Drop("empty answer")
     return turns[:-1], turns[-1][1], _pictures(row["images"] if row.get("images") is not None else row.get("image"))
+
+
+def _without_reasoning(convert, row):
+    turns, target, images = convert(row)
+    target, count = re.subn(r"<think>.*?</think>", "<think> </think>", target, flags=re.DOTALL)
+    if count != 1:
+        raise _Drop("no reasoning to leave out", f"{count} x <think> ... </think>")
+    return turns, target, images
 
 
 def _from_ready(row):
