@@ -1,5 +1,5 @@
 """
-A table like the paper's main table, the overthinking figure and the training curves, from runs and evaluations.
+Tables and figures like the paper's from any set of runs and evaluations, as HTML, Markdown and PNG.
 
 ```shell
 python -m vision_r1_recipes.report Zero=runs/demo/zero Vision-R1=runs/demo/ptst \\
@@ -7,7 +7,8 @@ python -m vision_r1_recipes.report Zero=runs/demo/zero Vision-R1=runs/demo/ptst 
 ```
 
 A run is a folder that `grpo.py` writes, finished or not; an evaluation one that `evaluate.py` writes. Both can be
-given anywhere, with a label (`label=path`) or without. A run and an evaluation of one label share a colour.
+given anywhere, with a label (`label=path`) or without. What has one label is one row at several seeds: tables give the
+mean and the standard deviation over them, figures the mean and a band from the lowest to the highest.
 """
 
 import sys
@@ -18,104 +19,38 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse  # noqa: E402
+import base64  # noqa: E402
 import json  # noqa: E402
+import re  # noqa: E402
 import textwrap  # noqa: E402
 from collections.abc import Iterable, Sequence  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from datetime import date  # noqa: E402
+from html import escape  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from vision_r1_recipes import preflight, recipe  # noqa: E402
+from vision_r1_recipes import preflight  # noqa: E402
 from vision_r1_recipes.evaluate import REFLECTION, bucket_name, paired_difference, percent  # noqa: E402
-from vision_r1_recipes.ptst import Stage, num_rollouts, parse_stages  # noqa: E402
+from vision_r1_recipes.ptst import num_rollouts  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
+from vision_r1_recipes.results import Evaluation, Run, by_label, load  # noqa: E402
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe and Ito's
+SPENT = {"rollouts": "{:g} rollouts", "tokens": "{:,.0f} sampled tokens", "minutes": "{:.3g} minutes"}
+TOKENS = (("mean_tokens", ".1f"), ("median_tokens", "g"))
+VERSIONS = ("trl", "transformers", "torch")
 SAME = ("data", "sampling")  # of two summaries, for their numbers to be comparable
-
-
-@dataclass
-class Run:
-    """A GRPO run: its schedule and one log row per logged rollout."""
-
-    label: str
-    path: Path
-    stages: list[Stage]
-    rows: list[dict[str, Any]]
-
-    def column(self, key: str) -> np.ndarray:
-        return np.array([row.get(key, np.nan) for row in self.rows], dtype=float)
-
-
-@dataclass
-class Evaluation:
-    """What `evaluate.py` wrote: the summary, and the samples unless the file is gone."""
-
-    label: str
-    path: Path
-    summary: dict[str, Any]
-    samples: pd.DataFrame | None
-
-
-def load(arguments: Iterable[str]) -> tuple[list[Run], list[Evaluation], list[str]]:
-    """
-    Read every `path` or `label=path`.
-
-    Returns:
-        Runs, evaluations, and notes on what was left out.
-
-    Raises:
-        `RecipeError`: a folder that is neither, or a label used twice.
-    """
-    runs, evaluations, notes = [], [], []
-    for argument in arguments:
-        labelled = "=" in argument and not Path(argument).exists()
-        label, _, path = argument.partition("=") if labelled else ("", "", argument)
-        folder = Path(path)
-        if not folder.is_dir():
-            raise RecipeError(f"{argument}: {path} is not a folder. Give a run or an evaluation, or label=folder.")
-        try:
-            if (folder / "summary.json").is_file():
-                summary = json.loads((folder / "summary.json").read_text())
-                if "by_length" not in summary:
-                    raise ValueError("its summary.json is not one of evaluate.py")
-                samples = folder / "samples.parquet"
-                found = pd.read_parquet(samples) if samples.is_file() else None
-                evaluations.append(Evaluation(label or summary["name"], folder, summary, found))
-            else:
-                run = _load_run(label or folder.resolve().name, folder)
-                if run.rows:
-                    runs.append(run)
-                else:
-                    notes.append(f"{run.label} ({folder}): no rollouts in its log, so no curves.")
-        except (OSError, ValueError, KeyError) as error:
-            raise (
-                error if isinstance(error, RecipeError) else RecipeError(f"can't read {folder}: {error!r}")
-            ) from error
-    for kind in (runs, evaluations):
-        labels = [item.label for item in kind]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise RecipeError(f"the label {label!r} is used {labels.count(label)} times: write label=folder.")
-    return runs, evaluations, notes
-
-
-def _load_run(label: str, folder: Path) -> Run:
-    states = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-    states = sorted(filter(Path.is_file, states), key=lambda path: json.loads(path.read_text())["global_step"])
-    if not states:
-        below = ", ".join(str(path.parent) for path in sorted(folder.rglob("summary.json"))[:3])
-        hint = f"There is a summary.json in {below}." if below else "Is it a run, and has it saved a checkpoint?"
-        raise RecipeError(f"{folder} has no summary.json, trainer_state.json or checkpoint with one. {hint}")
-    log = json.loads(states[-1].read_text())["log_history"]
-    resolved = folder / "recipe.yaml"
-    stages = (recipe.load(resolved) if resolved.is_file() else {}).get("stages")
-    return Run(
-        label, folder, parse_stages(stages) if stages else [], [r for r in log if "rollout" in r and "reward" in r]
-    )
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 1rem 3rem; color: #222 }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem }
+img { max-width: 100%; height: auto } .table { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal }
+"""
 
 
 # Tables
@@ -133,199 +68,220 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (aligned[0], rule, *aligned[1:]))
 
 
+def spread(values: Iterable[float | None], form: str = ".1f") -> str:
+    """Mean, and from two values on the standard deviation (of a sample)."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    if not known:
+        return "-"
+    return f"{np.mean(known):{form}}" + (f" ± {np.std(known, ddof=1):{form}}" if len(known) > 1 else "")
+
+
 def main_table(evaluations: Sequence[Evaluation]) -> str:
-    header = ("Model", "Accuracy % (95 %)", "HFRRF %", "Format %", "Mean tokens", "Median", "Truncated %", "Questions")
+    header = ("Model", "Seeds", "Accuracy %", "95 %", "HFRRF %", "Format %", "Mean tokens", "Median", "Truncated %")
     rows = []
-    for e in evaluations:
-        s = e.summary
-        accuracy = f"{percent(s['accuracy'])} ± {percent(1.96 * s['accuracy_se'])}"
-        shares = (percent(s["hfrrf"]), percent(s["format_rate"]))
-        lengths = (f"{s['mean_tokens']:.1f}", f"{s['median_tokens']:g}", percent(s["truncated"]), s["questions"])
-        rows.append((e.label, accuracy, *shares, *lengths))
-    return table(header, rows)
-
-
-def difference_table(evaluations: Sequence[Evaluation], baseline: Evaluation) -> tuple[str, list[str]]:
-    """Accuracy and length of each model minus the baseline's, and notes on what could not be compared."""
-    rows, notes = [], []
-    for e in evaluations:
-        if e is baseline:
-            continue
-        try:
-            if e.samples is None or baseline.samples is None:
-                raise ValueError("samples.parquet is missing.")
-            mean, low, high = (100 * x for x in paired_difference(e.samples, baseline.samples))
-        except ValueError as error:
-            notes.append(f"{e.label} minus {baseline.label}: {error}")
-            continue
-        tokens = e.summary["mean_tokens"] - baseline.summary["mean_tokens"]
-        rows.append(
-            (f"{e.label} minus {baseline.label}", f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]", f"{tokens:+.1f}")
+    for label, group in by_label(evaluations).items():
+        summaries = [e.summary for e in group]
+        error = np.sqrt(sum(s["accuracy_se"] ** 2 for s in summaries)) / len(group)
+        accuracy, *shares, truncated = (
+            spread(100 * s[key] for s in summaries) for key in ("accuracy", "hfrrf", "format_rate", "truncated")
         )
-    header = ("Paired difference", "Accuracy, points", "95 % interval", "Mean tokens")
-    return table(header, rows) if rows else "", notes
+        tokens = (spread((s[key] for s in summaries), form) for key, form in TOKENS)
+        questions = sum(s["questions"] for s in summaries)
+        rows.append(
+            (label, len(group), accuracy, f"± {percent(1.96 * error)}", *shares, *tokens, truncated, questions)
+        )
+    return table((*header, "Questions"), rows)
+
+
+def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[str, list[str]]:
+    """Accuracy and length of each model minus the baseline's at the same seed, and notes on what has no pair."""
+    groups = by_label(evaluations)
+    rows, notes = [], []
+    for label, group in groups.items():
+        if label == baseline:
+            continue
+        pairs = _pairs(group, groups[baseline])
+        try:
+            if not pairs:
+                raise ValueError("no seed in common.")
+            if any(e.samples is None for pair in pairs for e in pair):
+                raise ValueError("samples.parquet is missing.")
+            ours, theirs = (pd.concat([pair[i].samples for pair in pairs]) for i in (0, 1))
+            low, high = (100 * x for x in paired_difference(ours, theirs)[1:])
+        except ValueError as error:
+            notes.append(f"{label} minus {baseline}: {error}")
+            continue
+        each = [100 * (a.summary["accuracy"] - b.summary["accuracy"]) for a, b in pairs]
+        tokens = [a.summary["mean_tokens"] - b.summary["mean_tokens"] for a, b in pairs]
+        interval = f"[{low:+.1f}, {high:+.1f}]"
+        rows.append((f"{label} minus {baseline}", len(pairs), spread(each, "+.1f"), interval, spread(tokens, "+.1f")))
+    header = ("Paired difference", "Seeds", "Accuracy, points", "95 % interval", "Mean tokens")
+    return table(header, rows).replace("± +", "± ") if rows else "", notes
+
+
+def _pairs(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    seeds = {e.seed: e for e in theirs}
+    return [(e, seeds[e.seed]) for e in ours if e.seed in seeds]
 
 
 def length_table(evaluations: Sequence[Evaluation]) -> str:
     names = list(dict.fromkeys(bucket_name(b) for e in evaluations for b in e.summary["by_length"]))
     rows = []
-    for e in evaluations:
-        cells = {bucket_name(b): f"{percent(b['accuracy'])} of {b['questions']}" for b in e.summary["by_length"]}
-        rows.append((e.label, *(cells.get(name, "") for name in names)))
+    for label, group in by_label(evaluations).items():
+        pooled = _buckets(group)
+        cells = (f"{percent(pooled[n][0])} of {pooled[n][1]}" if n in pooled else "" for n in names)
+        rows.append((label, *cells))
     return table(("Accuracy % by tokens", *names), rows)
+
+
+def _buckets(group: Sequence[Evaluation]) -> dict[str, tuple[float | None, int]]:
+    """Accuracy and number of questions of each length bucket, all seeds together."""
+    right: dict[str, float] = {}
+    questions: dict[str, int] = {}
+    for bucket in (bucket for e in group for bucket in e.summary["by_length"]):
+        name = bucket_name(bucket)
+        right[name] = right.get(name, 0) + (bucket["accuracy"] or 0) * bucket["questions"]
+        questions[name] = questions.get(name, 0) + bucket["questions"]
+    return {name: (right[name] / n if n else None, n) for name, n in questions.items()}
 
 
 def reflection_table(evaluations: Sequence[Evaluation]) -> str:
     rows = []
-    for e in evaluations:
-        words = (e.summary["reflection"][word] for word in (*REFLECTION, "any"))
-        rows.append((e.label, *(f"{w['per_1000_tokens']:.1f} ({percent(w['share'])} %)" for w in words)))
+    for label, group in by_label(evaluations).items():
+        words = [[e.summary["reflection"][word] for e in group] for word in (*REFLECTION, "any")]
+        rates = [np.mean([[w["per_1000_tokens"], w["share"]] for w in of_word], axis=0) for of_word in words]
+        rows.append((label, *(f"{rate:.1f} ({percent(share)} %)" for rate, share in rates)))
     return table(("Per 1,000 tokens (in % of completions)", *REFLECTION, "any"), rows)
 
 
 def run_table(runs: Sequence[Run]) -> str:
-    def ends(run: Run, key: str, form: str, scale: float = 1) -> str:
-        column, tenth = scale * run.column(key), max(1, len(run.rows) // 10)
-        return f"{column[:tenth].mean():{form}} → {column[-tenth:].mean():{form}}".replace("nan", "-")
+    def ends(group: Sequence[Run], key: str, form: str, scale: float = 1) -> str:
+        columns = [scale * run.column(key) for run in group]
+        tenths = [(c[: max(1, len(c) // 10)].mean(), c[-max(1, len(c) // 10) :].mean()) for c in columns]
+        return " → ".join(f"{mean:{form}}" for mean in np.mean(tenths, axis=0)).replace("nan", "-")
 
     header = ("Run", "Stages (cap x group: rollouts)", "Rollouts", "Reward", "Accuracy %", "Mean tokens", "Clipped %")
-    rows = [
-        (
-            run.label,
-            ", ".join(f"{s.max_completion_length} x {s.num_generations}: {s.steps}" for s in run.stages) or "?",
-            f"{run.rows[-1]['rollout']:g} of {num_rollouts(run.stages) or '?'}",
-            ends(run, "reward", ".2f"),
-            ends(run, "accuracy_rate", ".1f", 100),
-            ends(run, "completions/mean_length", ".1f"),
-            ends(run, "completions/clipped_ratio", ".1f", 100),
+    rows = []
+    for label, group in by_label(runs).items():
+        stages, total = group[0].stages, num_rollouts(group[0].stages)
+        done = sorted({run.rows[-1]["rollout"] for run in group})
+        rows.append(
+            (
+                label,
+                ", ".join(f"{s.max_completion_length} x {s.num_generations}: {s.steps}" for s in stages) or "?",
+                f"{' to '.join(f'{d:g}' for d in dict.fromkeys((done[0], done[-1])))} of {total or '?'}",
+                ends(group, "reward", ".2f"),
+                ends(group, "accuracy_rate", ".1f", 100),
+                ends(group, "completions/mean_length", ".1f"),
+                ends(group, "completions/clipped_ratio", ".1f", 100),
+                spread((run.spent("tokens")[-1] / 1e6 for run in group), ".3g"),
+                spread((run.spent("minutes")[-1] for run in group), ".3g"),
+            )
         )
-        for run in runs
-    ]
-    return table(header, rows)
+    return table((*header, "Tokens, millions", "Minutes"), rows)
 
 
-# Figure
-
-
-def figure(runs: Sequence[Run], evaluations: Sequence[Evaluation], path: Path) -> list[str]:
-    """Draw length and accuracy or reward over rollouts, and accuracy by length: what there is. Returns notes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    labels = dict.fromkeys([e.label for e in evaluations] + [run.label for run in runs])
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    panels = 2 * bool(runs) + bool(evaluations)
-    fig, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.9), layout="constrained", squeeze=False)
-    axes = list(axes[0])
-    notes = []
-    if runs:
-        length, reward = axes[:2]
-        _length_panel(length, runs, colours)
-        logged = all(np.isfinite(run.column("accuracy_rate")).any() for run in runs)
-        for run in runs:
-            _curve(reward, run, "accuracy_rate" if logged else "reward", colours[run.label])
-        what = "accuracy of training rollouts" if logged else "reward of training rollouts"
-        reward.set(xlabel="rollout", ylabel=what, ylim=(0, 1.02), xlim=(0, None))
-        for axis in (length, reward):
-            _bands(axis, runs)
-    if evaluations:
-        notes = _bucket_panel(axes[-1], evaluations, colours)
-    handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
-    fig.savefig(path, dpi=160)
-    plt.close(fig)
-    return notes
-
-
-def _curve(axis, run: Run, key: str, colour: str) -> None:
-    """One point per rollout, faint, and their moving average."""
-    x, y = run.column("rollout"), run.column(key)
-    window = max(1, len(y) // 12)
-    smooth = pd.Series(y).rolling(window, center=True, min_periods=1).mean()
-    axis.plot(x, y, ".", color=colour, alpha=0.3, markersize=3)
-    axis.plot(x, smooth, color=colour, linewidth=1.8)
-
-
-def _length_panel(axis, runs: Sequence[Run], colours: dict[str, str]) -> None:
-    for run in runs:
-        _curve(axis, run, "completions/mean_length", colours[run.label])
-        edges = np.cumsum([0, *(stage.steps for stage in run.stages)])
-        if run.stages:
-            caps = [stage.max_completion_length for stage in run.stages]
-            axis.stairs(caps, edges, baseline=None, color=colours[run.label], linestyle="--", linewidth=1)
-    axis.set(xlabel="rollout", ylabel="mean completion length, tokens (dashed: cap)", ylim=(0, None), xlim=(0, None))
-
-
-def _bands(axis, runs: Sequence[Run]) -> None:
-    """Shade the stages of the run that has most of them."""
-    staged = max(runs, key=lambda run: len(run.stages))
-    edges = np.cumsum([0, *(stage.steps for stage in staged.stages)])
-    for i, stage in enumerate(staged.stages):
-        axis.axvspan(edges[i], edges[i + 1], color="0.5", alpha=0.06 if i % 2 == 0 else 0.16, linewidth=0, zorder=0)
-        name = f"stage {i + 1}: {stage.max_completion_length} x {stage.num_generations}"
-        axis.text(
-            (edges[i] + edges[i + 1]) / 2, 1.02, name, ha="center", transform=axis.get_xaxis_transform(), fontsize=8
-        )
-
-
-def _bucket_panel(axis, evaluations: Sequence[Evaluation], colours: dict[str, str]) -> list[str]:
-    names = [bucket_name(b) for b in evaluations[0].summary["by_length"]]
-    drawn = [e for e in evaluations if [bucket_name(b) for b in e.summary["by_length"]] == names]
-    width = 0.84 / len(drawn)
-    for i, e in enumerate(drawn):
-        x = np.arange(len(names)) + (i - (len(drawn) - 1) / 2) * width
-        axis.bar(x, [b["accuracy"] or 0 for b in e.summary["by_length"]], 0.92 * width, color=colours[e.label])
-        for at, bucket in zip(x, e.summary["by_length"], strict=True):
-            low, high = _wilson(bucket["accuracy"] or 0, bucket["questions"])
-            axis.vlines(at, low, high, color="0.25", linewidth=0.8)
-            axis.text(at, high + 0.01, bucket["questions"], ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(range(len(names)), names)
-    axis.set_title("lines: 95 % interval, numbers: questions", fontsize=8)
-    axis.set(xlabel="tokens of the completion", ylabel="held-out accuracy", ylim=(0, 1.08))
-    return [f"{e.label}: other length buckets, not in the figure." for e in evaluations if e not in drawn]
-
-
-def _wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, which is also right for a handful of questions; empty for none."""
-    if n == 0:
-        return 0.0, 0.0
-    middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+def budget_table(runs: Sequence[Run]) -> str:
+    """Held-out accuracy during training where all runs have spent the same; empty without such evaluations."""
+    groups = {label: group for label, group in by_label(runs).items() if all(run.evaluations for run in group)}
+    if len(groups) < 2:
+        return ""
+    listed = [run for group in groups.values() for run in group]
+    budgets = {what: min(run.held_out(what)[0][-1] for run in listed) for what in SPENT}
+    rows = []
+    for label, group in groups.items():
+        cells = []
+        for what, budget in budgets.items():
+            curves = [run.held_out(what) for run in group]
+            cells.append(spread(100 * np.interp(budget, at, y, left=np.nan) for at, y in curves if budget >= at[0]))
+        rows.append((label, len(group), *cells))
+    names = (f"{SPENT[what].format(budget)}" for what, budget in budgets.items())
+    return table(("Held-out accuracy % at the same", "Seeds", *names), rows)
 
 
 # The report
 
 
 def write(
-    runs: list[Run], evaluations: list[Evaluation], notes: list[str], output_dir: Path, baseline: str | None
+    runs: list[Run],
+    evaluations: list[Evaluation],
+    notes: list[str],
+    output_dir: Path,
+    baseline: str | None = None,
+    title: str = "Report",
 ) -> str:
-    """Write `report.md` and `figure.png` into `output_dir`; returns the main tables as text."""
-    labels = [e.label for e in evaluations]
+    """Write `report.html`, `report.md` and the figures into `output_dir`; returns the main tables as text."""
+    from . import figures
+
+    labels = list(dict.fromkeys(e.label for e in evaluations))
     if evaluations and baseline not in (None, *labels):
         raise RecipeError(f"`--baseline`: {baseline!r} is none of the evaluations: {', '.join(labels)}.")
     output_dir.mkdir(parents=True, exist_ok=True)
-    notes = notes + figure(runs, evaluations, output_dir / "figure.png")
-    main, rest = [], ["![Length, accuracy and length buckets](figure.png)"]
+    drawn, more = figures.draw(runs, evaluations, output_dir)
+    notes, main, sections = notes + more, [], []
     if evaluations:
-        base = evaluations[labels.index(baseline or labels[0])]
-        differences, not_compared = difference_table(evaluations, base)
+        differences, not_compared = difference_table(evaluations, baseline or labels[0])
         main += [main_table(evaluations), differences]
-        rest += [length_table(evaluations), reflection_table(evaluations)]
         notes += not_compared + _notes_on_settings(evaluations)
     else:
         notes.append("no evaluations given: no accuracy table.")
     if runs:
-        rest.append("Mean of the first and of the last tenth of the logged rollouts:\n\n" + run_table(runs))
+        sections += [
+            ("Length", "", drawn["length"]),
+            ("Accuracy in training", "", drawn["accuracy"]),
+            ("Held-out accuracy in training", budget_table(runs), drawn["held_out"]),
+        ]
     else:
         notes.append("no GRPO runs given: no curves.")
+    sections.append(("Tokens spent", "", drawn["tokens"]))
+    if evaluations:
+        sections += [
+            ("Accuracy by length", length_table(evaluations), drawn["buckets"]),
+            ("Self-reflection", reflection_table(evaluations), drawn["reflection"]),
+        ]
+    if runs:
+        sections.append(("Runs", f"Means of the first and of the last tenth of the log.\n\n{run_table(runs)}", ""))
     listed = "\n".join(f"- {note}" for note in notes)
-    parts = ["# Report", *main, *rest, f"Notes\n\n{listed}" if notes else ""]
-    (output_dir / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+    parts = [f"# {title}", _provenance(runs, evaluations), *main]
+    for heading, text, figure in sections:
+        if text or figure:
+            parts += [f"## {heading}", text, f"![{heading}]({figure})" if figure else ""]
+    parts += ["## Notes", listed] if notes else []
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    (output_dir / "report.md").write_text(text)
+    (output_dir / "report.html").write_text(html(text, title, output_dir))
     return "\n\n".join(filter(None, [*main, listed]))
+
+
+def html(text: str, title: str, folder: Path) -> str:
+    """Markdown as one page that needs nothing beside it: the figures are in it."""
+    from markdown import markdown
+
+    body = markdown(text, extensions=["tables"])
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+
+    def embedded(match: re.Match) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
+
+    body = re.sub(r'src="(\w+\.png)"', embedded, body)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    page = f"<!doctype html>\n<html lang=en>\n<head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>"
+    return f"{page}\n<body>\n{body}\n</body>\n</html>\n"
+
+
+def _provenance(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
+    """Seeds, versions and date in one sentence."""
+    seeds = sorted({item.seed for item in (*runs, *evaluations) if item.seed is not None})
+    kept = [e.summary["environment"] for e in evaluations if "environment" in e.summary]
+    for run in runs:
+        path = run.path / "environment.json"
+        kept += [json.loads(path.read_text())] if path.is_file() else []
+    versions = {f"{name} {env['packages'][name]}" for env in kept for name in VERSIONS if env["packages"].get(name)}
+    versions |= {f"commit {env['git_commit'][:7]}" for env in kept if env.get("git_commit")}
+    parts = [f"seeds {', '.join(map(str, seeds))}" if seeds else "", ", ".join(sorted(versions))]
+    return "; ".join(filter(None, [date.today().isoformat(), *parts])) + "."
 
 
 def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -334,13 +290,21 @@ def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
         f"{key} {first['sampling'][key]}" for key in ("temperature", "top_p", "max_new_tokens", "seed")
     )
     notes = [f"evaluated on {first['data']['path']}, split {first['data']['split']}, one sample each: {sampling}."]
-    for e in evaluations[1:]:
-        for part in SAME:
-            ours, theirs = e.summary[part], first[part]
-            other = [key for key in ours if ours[key] != theirs.get(key)]
-            if other:
-                values = ", ".join(f"{key} {_short(ours[key])} against {_short(theirs.get(key))}" for key in other)
-                notes.append(f"{e.label} differs from {evaluations[0].label} in {part}: {values}.")
+    if any(len(group) > 1 for group in by_label(evaluations).values()):
+        notes.append(
+            "± is the standard deviation over seeds; the 95 % are of the drawn questions, all seeds together, and do "
+            "not cover what another seed would train."
+        )
+    for label, group in by_label(evaluations).items():
+        found = {}
+        for e in group:
+            for part in SAME:
+                ours, theirs = e.summary[part], first[part]
+                for key in ours:
+                    if ours[key] != theirs.get(key) and not (key == "path" and e.seed != evaluations[0].seed):
+                        found[key] = f"{key} {_short(ours[key])} against {_short(theirs.get(key))}"
+        if found:
+            notes.append(f"{label} differs from {evaluations[0].label} in: {', '.join(found.values())}.")
     return notes
 
 
@@ -358,16 +322,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--evals", nargs="+", default=[], help="more of them")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/report"))
     parser.add_argument("--baseline", help="label of the evaluation that the others are compared with (the first)")
+    parser.add_argument("--title", default="Report")
     args = parser.parse_args(argv)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise RecipeError("matplotlib is missing: pip install 'vision-r1-recipes[report]'.") from error
+    check_installed()
     runs, evaluations, notes = load([*args.runs, *args.evals])
     if not runs and not evaluations:
         raise RecipeError("nothing to report: name folders of runs or evaluations." + "".join(f"\n{n}" for n in notes))
-    print(write(runs, evaluations, notes, args.output_dir, args.baseline))
-    print(f"\nwritten to {args.output_dir}/report.md and figure.png")
+    print(write(runs, evaluations, notes, args.output_dir, args.baseline, args.title))
+    print(f"\nwritten to {args.output_dir}/: report.html, report.md and the figures")
+
+
+def check_installed() -> None:
+    """Raise [`RecipeError`] when what only the report needs is not installed."""
+    for name in ("matplotlib", "markdown"):
+        if find_spec(name) is None:
+            raise RecipeError(f"{name} is missing: pip install 'vision-r1-recipes[report]'.")
 
 
 if __name__ == "__main__":
