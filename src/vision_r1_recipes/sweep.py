@@ -1,0 +1,376 @@
+"""
+Train and evaluate a list of recipes at several seeds, then report.
+
+```shell
+python -m vision_r1_recipes.sweep recipes/toy/table_ptst.yaml                   # one after another
+python -m vision_r1_recipes.sweep recipes/table_ptst.yaml --slurm="--gpus=8"    # as SLURM arrays
+```
+
+A sweep is a YAML file with `base:` inheritance like a recipe's; any key can be set behind it:
+
+- `rows`: `{label, recipe}`, a recipe beside the sweep; or `{label, model}`, a model that is only evaluated. A row may
+  have `evaluate`, settings of its own.
+- `seeds`: every row is trained with each of them.
+- `root`, `output_dir`: a seed lives in a folder of its own. What the recipes have below `root` is for seed 1 below
+  `output_dir/seed-1`: outputs, data, and the start model that another row has made, which is trained first.
+- `launch`, `num_processes`: the command before the script. `setup`: a command that is run once for each seed, with
+  `{seed}` and `{root}`, the seed's folder.
+- `evaluate`: `data` and the options of `evaluate.py`.
+- `title`, `baseline` (the label that the others are compared with): for the report, in `output_dir/NAME-OF-THE-SWEEP`.
+
+What is finished is skipped, so that the same command goes on after an interruption; sweeps of one `output_dir` share
+their runs. A row that fails doesn't stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import checkpoints, recipe
+from .plan import plan
+from .preflight import kind_errors
+from .recipe import SCRIPTS, RecipeError
+
+
+KEYS = {
+    **{"title": str, "rows": list, "seeds": list, "root": str, "output_dir": str, "launch": str},
+    **{"num_processes": int, "setup": str, "evaluate": dict, "baseline": str},
+}
+OPTIONAL = ("title", "setup", "baseline")
+ROW_KEYS = ("label", "recipe", "model", "evaluate")
+
+
+@dataclass
+class Unit:
+    """One row at one seed."""
+
+    label: str
+    seed: int
+    folder: Path  # of the run, or the model of a row that is only evaluated
+    evaluation: Path
+    evaluate: dict[str, Any]
+    recipe: Path | None = None
+    values: dict[str, Any] = field(default_factory=dict)  # the resolved recipe of this seed
+    overrides: list[str] = field(default_factory=list)  # behind the recipe on the command line
+    parent: Unit | None = None  # has made the start model
+
+    @property
+    def level(self) -> int:
+        """Rows that have to be trained before."""
+        return 0 if self.parent is None else 1 + self.parent.level
+
+    @property
+    def trained(self) -> bool:
+        return self.recipe is None or checkpoints.finished(self.folder)
+
+    @property
+    def done(self) -> bool:
+        return self.trained and (self.evaluation / "summary.json").is_file()
+
+
+class Failed(Exception):
+    """A row could not be trained or evaluated."""
+
+
+def load(argv: Sequence[str]) -> dict[str, Any]:
+    """
+    Read a sweep, `argv` being its file and overrides, and check it.
+
+    Raises:
+        `RecipeError`: everything wrong with it.
+    """
+    sweep = recipe.merge(recipe.load(argv[0]), recipe.parse_overrides(argv[1:]))
+    problems = recipe.unknown_keys(sweep, KEYS)
+    for key, kind in KEYS.items():
+        if key not in sweep and key not in OPTIONAL:
+            problems.append(f"`{key}` is missing.")
+        elif key in sweep and not isinstance(sweep[key], kind):
+            problems.append(f"`{key}`: {sweep[key]!r} is not a value of type {kind.__name__}.")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    for i, row in enumerate(sweep["rows"]):
+        if not isinstance(row, dict) or "label" not in row or ("recipe" in row) == ("model" in row):
+            problems.append(f"rows[{i}]: {row!r} needs a `label`, and either a `recipe` or a `model`.")
+        else:
+            problems += recipe.unknown_keys(row, ROW_KEYS, f"rows[{i}].")
+    labels = [row["label"] for row in sweep["rows"] if isinstance(row, dict) and "label" in row]
+    problems += [f"`rows`: the label {label!r} is used twice." for label in {x for x in labels if labels.count(x) > 1}]
+    if sweep.get("baseline", labels and labels[0]) not in labels:
+        problems.append(f"`baseline`: {sweep['baseline']!r} is none of the labels: {', '.join(labels)}.")
+    wrong = [s for s in sweep["seeds"] if not isinstance(s, int) or isinstance(s, bool) or s < 0]
+    if wrong or not sweep["seeds"] or len(set(sweep["seeds"])) < len(sweep["seeds"]):
+        problems.append(f"`seeds`: {sweep['seeds']!r}: give different whole numbers of at least 0.")
+    if "data" not in sweep["evaluate"]:
+        problems.append("`evaluate` needs `data`, the questions.")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return sweep
+
+
+def units(path: str | Path, sweep: dict[str, Any]) -> list[Unit]:
+    """All rows at all seeds, seed by seed, each after the row that makes its start model."""
+    found = []
+    for seed in sweep["seeds"]:
+        home = Path(sweep["output_dir"], f"seed-{seed}")
+        rows = [_unit(Path(path).parent, sweep, row, seed, home) for row in sweep["rows"]]
+        makers: dict[Path, Unit] = {}
+        for unit in rows:
+            if unit.recipe and makers.setdefault(unit.folder, unit) is not unit:
+                raise RecipeError(
+                    f"`rows`: {makers[unit.folder].label} and {unit.label} have the same output_dir, {unit.folder}. "
+                    "To evaluate one run twice, give the second row a `model` and `evaluate`."
+                )
+        for unit in rows:
+            unit.parent = makers.get(Path(unit.values["model_name_or_path"] if unit.recipe else unit.folder))
+        found += sorted(rows, key=lambda unit: unit.level)
+    return found
+
+
+def _unit(folder: Path, sweep: dict[str, Any], row: dict[str, Any], seed: int, home: Path) -> Unit:
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        below = isinstance(value, str) and value.startswith(sweep["root"] + "/")
+        return f"{home}/{value.removeprefix(sweep['root'] + '/')}" if below else value
+
+    own = row.get("evaluate", {})
+    name = "eval" if not own else "eval_" + re.sub(r"\W+", "_", row["label"]).strip("_")
+    evaluate = moved({**sweep["evaluate"], **own})
+    if "model" in row:
+        model = Path(moved(row["model"]))
+        place = home / "models" / model.name if not model.is_relative_to(home) else model
+        return Unit(row["label"], seed, model, place / name, evaluate)
+    path = folder / row["recipe"]
+    before = recipe.load(path)
+    values = {**moved(before), "seed": seed}
+    overrides = []
+    for key, value in values.items():
+        if value != before.get(key):
+            plain = isinstance(value, str) and recipe.parse_overrides([f"--{key}={value}"]) == {key: value}
+            overrides += [f"--{key}", value if plain else json.dumps(value)]
+    run = Path(values["output_dir"])
+    return Unit(row["label"], seed, run, run / name, evaluate, path, values, overrides)
+
+
+def check(sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
+    """Raise [`RecipeError`] with all that is wrong with any recipe, before the first is trained."""
+    problems = []
+    for unit in todo:
+        if unit.recipe and unit.seed == sweep["seeds"][0]:
+            found = plan([str(unit.recipe), *unit.overrides], sweep["num_processes"])[1]
+            problems += [f"{unit.recipe}: {problem}" for problem in found]
+        if unit.recipe and unit.trained:
+            before = checkpoints.identity(recipe.load(unit.folder / "recipe.yaml"))
+            changed = checkpoints.changes(before, checkpoints.identity(unit.values))
+            if changed:
+                problems += [f"{unit.folder} holds another run, finished: move it away, or name another output_dir."]
+                problems += changed
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def train_command(sweep: dict[str, Any], unit: Unit) -> list[str]:
+    script = next(name for name, keys in SCRIPTS.items() if unit.values.keys() & set(keys))
+    launch = shlex.split(sweep["launch"].format(num_processes=sweep["num_processes"]))
+    entry = [str(Path(__file__).with_name(script)), str(unit.recipe)]
+    return [*launch, *entry, *unit.overrides, "--resume_from_checkpoint", "auto"]
+
+
+def evaluate_command(unit: Unit) -> list[str]:
+    command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(unit.folder), str(unit.evaluate["data"])]
+    options = {**unit.evaluate, "name": unit.label, "output_dir": str(unit.evaluation)}
+    for key, value in options.items():
+        if key != "data":
+            command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return command
+
+
+def run_setup(sweep: dict[str, Any], seed: int) -> None:
+    home = Path(sweep["output_dir"], f"seed-{seed}")
+    mark = home / "setup.json"
+    if "setup" not in sweep or mark.is_file():
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "setup.wait").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)  # the tasks of an array begin together
+        if not mark.is_file():
+            command = shlex.split(sweep["setup"].format(seed=seed, root=home))
+            _call(command, home / "setup", f"seed {seed}, setup")
+            mark.write_text(json.dumps(command) + "\n")
+
+
+def run_unit(sweep: dict[str, Any], unit: Unit, place: str = "") -> None:
+    """
+    Train and evaluate what is not finished yet.
+
+    Raises:
+        `Failed`: one of them, or the row that makes the start model.
+    """
+    said = f"{place}seed {unit.seed}, {unit.label}"
+    if unit.done:
+        print(f"{said}: finished before", flush=True)
+        return
+    if unit.parent is not None and not unit.parent.trained:
+        raise Failed(f"{said}: not begun, its start model is missing: {unit.parent.label} of this seed")
+    if not unit.trained:
+        _call(train_command(sweep, unit), unit.folder, f"{said}: training")
+        if not unit.trained:
+            raise Failed(f"{said}: ended without an error and is not finished; see {unit.folder}.log")
+    _call(evaluate_command(unit), unit.evaluation, f"{said}: evaluation")
+
+
+def _call(command: list[str], folder: Path, said: str) -> None:
+    """Run `command` with its output in `folder`.log, under a lock that lives as long as it does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = Path(f"{folder}.log")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with Path(f"{folder}.lock").open("w") as lock, log.open("a") as output:
+        try:
+            # The child has the same open file: a sweep that was killed leaves its run, and the run the lock.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Failed(f"{said}: at work already, from another sweep or one that was killed; see {log}") from None
+        start = time.perf_counter()
+        print(f"{said} ...", flush=True)
+        output.write(f"{shlex.join(command)}\n")
+        output.flush()
+        try:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, pass_fds=(lock.fileno(),), env={**os.environ, "PATH": path}
+            )
+        except OSError as error:
+            raise Failed(f"{said}: can't start {command[0]}: {error}") from error
+        try:
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if code:
+        tail = re.split(r"[\n\r]", log.read_text(errors="replace").rstrip())[-15:]
+        raise Failed("\n    ".join([f"{said}: failed, exit code {code}. The end of {log}:", *tail]))
+    print(f"{said}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def run_all(sweep: dict[str, Any], todo: Sequence[Unit]) -> int:
+    """Setup, training and evaluation of all units, one after another; returns the number of failures."""
+    failures = 0
+    for i, unit in enumerate(todo):
+        try:
+            run_setup(sweep, unit.seed)
+            run_unit(sweep, unit, f"[{i + 1}/{len(todo)}] ")
+        except Failed as failure:
+            failures += 1
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+    return failures
+
+
+def submit(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit], options: str, dry_run: bool) -> None:
+    """
+    One SLURM array for the rows that can be trained at once, the next after it, and the report at the end.
+
+    The arrays follow each other with `afterany`: a failed task stops those that need its model, and no others.
+    """
+    this = [sys.executable, "-m", "vision_r1_recipes.sweep", *argv]
+    name, previous = Path(argv[0]).stem, None
+
+    def sbatch(what: list[str], task: str, *more: str) -> str:
+        command = ["sbatch", "--parsable", f"--job-name={name}", *shlex.split(options), *more]
+        command += [f"--dependency=afterany:{previous}"] if previous else []
+        command += ["--wrap", shlex.join(what) + task]
+        print(shlex.join(command), flush=True)
+        if dry_run:
+            return "JOB"
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise RecipeError("sbatch is not here: --slurm needs a SLURM cluster, on its login node.") from None
+        if done.returncode:
+            raise RecipeError(f"sbatch refused: {done.stderr.strip()}")
+        return done.stdout.strip().partition(";")[0]
+
+    for level in sorted({unit.level for unit in todo}):
+        tasks = [str(i) for i, unit in enumerate(todo) if unit.level == level and not unit.done]
+        if tasks:
+            task = ' --task "$SLURM_ARRAY_TASK_ID"'
+            previous = sbatch(this, task, f"--array={','.join(tasks)}")
+    sbatch([*this, "--report_only"], "")
+
+
+def write_report(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
+    """The report of what there is."""
+    from . import report, results
+
+    labels = [row["label"] for row in sweep["rows"]]
+    todo = sorted(todo, key=lambda unit: labels.index(unit.label))
+    report.check_installed()
+    trained = [unit for unit in todo if "stages" in unit.values]
+    evaluated = [unit for unit in todo if (unit.evaluation / "summary.json").is_file()]
+    notes = [f"{unit.label}, seed {unit.seed}: no log yet." for unit in trained if not results.states(unit.folder)]
+    notes += [f"{unit.label}, seed {unit.seed}: not evaluated yet." for unit in todo if unit not in evaluated]
+    runs = [results.load_run(unit.label, unit.folder, unit.seed) for unit in trained if results.states(unit.folder)]
+    evaluations = [results.load_evaluation(unit.label, unit.evaluation, unit.seed) for unit in evaluated]
+    home = Path(sweep["output_dir"], Path(argv[0]).stem)
+    baseline = sweep.get("baseline") if any(e.label == sweep.get("baseline") for e in evaluations) else None
+    print(report.write(runs, evaluations, notes, home, baseline, sweep.get("title", home.name)))
+    print(f"\nwritten to {home}/: report.html, report.md and the figures")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vision_r1_recipes.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", help="its YAML file; `--key value` behind it sets a key")
+    parser.add_argument(
+        "--slurm", metavar="OPTIONS", nargs="?", const="", help='submit to SLURM: --slurm="options for sbatch"'
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would be run")
+    parser.add_argument("--report_only", "--report-only", action="store_true", help="report what is there already")
+    parser.add_argument("--task", type=int, help=argparse.SUPPRESS)  # the number of one row at one seed
+    args, rest = parser.parse_known_args(argv)
+    argv = [args.sweep, *rest]
+    sweep = load(argv)
+    todo = units(args.sweep, sweep)
+    if args.report_only:
+        write_report(argv, sweep, todo)
+        return 0
+    check(sweep, todo)
+    if args.slurm is not None:
+        submit(argv, sweep, todo, args.slurm, args.dry_run)
+        return 0
+    if args.dry_run:
+        for unit in todo:
+            print(f"# seed {unit.seed}, {unit.label}" + (": finished" if unit.done else ""))
+            print(*(shlex.join(c) for c in ([train_command(sweep, unit)] if unit.recipe else [])), sep="\n")
+            print(shlex.join(evaluate_command(unit)))
+        return 0
+    if args.task is not None:
+        return 1 if run_all(sweep, [todo[args.task]]) else 0
+    failures = run_all(sweep, todo)
+    write_report(argv, sweep, todo)
+    if failures:
+        print(f"error: {failures} of {len(todo)} rows failed, see above", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `finally` that ends a run
+    with kind_errors():
+        sys.exit(main())
