@@ -15,7 +15,9 @@ from vision_r1_recipes.recipe import RecipeError, load, parse, parse_overrides
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if "accelerate" not in p.parts)
+FILES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if "accelerate" not in p.parts)
+SWEEPS = [p for p in FILES if p.stem.startswith("table")]
+RECIPES = [p for p in FILES if p not in SWEEPS]
 RUNS = [p for p in RECIPES if "base" not in p.parts]
 GRPO, SFT = (DataArguments, VisionGRPOConfig, ModelConfig), (DataArguments, VisionSFTConfig, ModelConfig)
 MINIMAL = """
@@ -305,17 +307,23 @@ def test_plan_needs_processes(capsys, world):
 
 def worlds(path):
     if "toy" in path.parts:
-        return [1]
-    return [8, 32] if path.name == "cold_start.yaml" else [8, 64]
+        return [1, 2]
+    if "scale" in path.parts:
+        gpus = re.search(r"(\w+) GPUs? of 80 GB", path.read_text())[1]
+        return [1 if gpus == "one" else int(gpus)]
+    return [8, 32] if "global_batch_size" in load(path) else [8, 64]
 
 
 @pytest.mark.parametrize(
     "path, world", [(p, w) for p in RUNS for w in worlds(p)], ids=lambda v: v if isinstance(v, int) else name(v)
 )
 def test_every_recipe_plans(capsys, path, world):
-    code, out, _ = command(capsys, "plan", path, "--world-size", world)
+    zero = ("--zero-stage", "0") if "lora" in path.name else ()
+    code, out, _ = command(capsys, "plan", path, "--world-size", world, *zero)
     assert code == 0, out
     assert "problem" not in out and f"{world} process" in out
+    if "toy" not in path.parts:
+        assert "memory of each GPU" in out and "warning" not in out
 
 
 def test_plan_refuses_and_says_what_works(capsys):
@@ -352,7 +360,34 @@ def test_plan_says_what_to_expect(capsys, toy):
     assert float(hours[1]) * 64 == pytest.approx(float(hours[2].replace(",", "")), abs=1)
     data = json.dumps([{"path": str(toy / "rl")}])
     _, out, _ = command(capsys, "plan", ROOT / "recipes" / "toy" / "ptst.yaml", "--datasets", data)
-    assert "data: 64 rows before any is dropped, 10.00 passes over them" in out
+    assert "data: 64 rows before any is dropped, 5.00 passes over them" in out
+
+
+def test_plan_finds_the_model_at_the_beginning(capsys):
+    _, out, _ = command(capsys, "plan", ROOT / "recipes/ablations/chained_3.yaml", "--gpus", "8")
+    assert "GRPO of runs/ablations/chained_2, reward" in out
+    assert "8.29 billion parameters, those of Qwen/Qwen2.5-VL-7B-Instruct, which it starts from" in out
+    _, out, _ = command(
+        capsys, "plan", ROOT / "recipes/ptst.yaml", "--gpus", "8", "--model_name_or_path", "runs/nowhere"
+    )
+    assert "note: runs/nowhere is not here" in out
+
+
+def test_plan_says_what_bounds_the_memory(capsys):
+    path, eight = ROOT / "recipes/ptst.yaml", ("--world-size", "8")
+    _, out, _ = command(capsys, "plan", path, *eight)
+    assert "always: weights 2.1, gradients 2.1, optimizer 12.4, reference 2.1" in out
+    assert "the rollout bounds, its largest part: vLLM" in out and "= 56 sequences of 9,216 tokens" in out
+    _, out, _ = command(capsys, "plan", path, *eight, "--zero-stage", "0")
+    assert "warning: over 80 GB" in out
+    _, out, _ = command(capsys, "plan", path, *eight, "--gpu-memory", "140")
+    assert "warning" not in out
+    _, out, _ = command(capsys, "plan", path, *eight, "--vllm_gpu_memory_utilization", "0.2")
+    assert "warning: no longest sequence fits" in out
+    _, out, _ = command(capsys, "plan", path, *eight, "--vllm_enable_sleep_mode", "false")
+    assert "the update bounds" in out
+    _, out, _ = command(capsys, "plan", path, *eight, "--beta", "0")
+    assert "reference" not in out
 
 
 def test_plan_splits_gpus_with_a_server(capsys):
@@ -390,6 +425,71 @@ def test_no_recipe_repeats_what_it_inherits(path):
     assert not list(repeated(child, inherited))
 
 
+def test_diff(capsys, write):
+    a = write("a.yaml", "x: 1\nstages: [{steps: 1}, {steps: 2}]\nonly_a: [1, 2]\nsame: {k: 1}\ntext: long words\n")
+    b = write("b.yaml", "base: a.yaml\nx: null\nstages: [{steps: 1}]\ntext: other\nonly_b: true\n")
+    code, out, _ = command(capsys, "diff", a, b)
+    assert code == 0
+    assert out.splitlines() == [
+        *("x:", "  - 1", "  + null", "stages:", "  - - {steps: 1}", "  - - {steps: 2}", "  + - {steps: 1}"),
+        *("text:", "  - long words", "  + other", "only_b:", "  - (not set)", "  + true"),
+    ]
+    code, out, _ = command(capsys, "diff", a, a, "--x", "3")
+    assert code == 0 and out == "x:\n  - 1\n  + 3\n"
+    assert command(capsys, "diff", a, a)[:2] == (0, "the same\n")
+    assert command(capsys, "diff", a, "none.yaml")[0] == 2
+
+
+# Forks and twins
+
+
+FORKS = [p for p in RUNS if "toy" not in p.parts and "base" not in p.parts]
+
+
+@pytest.mark.parametrize("path", [p for p in RUNS if p.parent != ROOT / "recipes"], ids=name)
+def test_an_ablation_is_short(path):
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) < 15
+
+
+@pytest.mark.parametrize("path", [p for p in FORKS if "scale" not in p.parts], ids=name)
+def test_every_recipe_has_a_toy_twin_of_the_same_shape(path):
+    real, toy = load(path), load(ROOT / "recipes" / "toy" / path.relative_to(ROOT / "recipes"))
+    assert toy["output_dir"] == real["output_dir"].replace("runs/", "runs/toy/")
+    base = {"Qwen/Qwen2.5-VL-7B-Instruct": "runs/toy/base"}
+    start = real["model_name_or_path"]
+    assert toy["model_name_or_path"] == base.get(start, start.replace("runs/", "runs/toy/"))
+    for key in ("reward", "reward_weights", "system_prompt", "epsilon", "beta", "scale_rewards", "loss_type"):
+        assert toy.get(key) == real.get(key), key
+    dropped = [source.get("drop_reasoning") for source in real["datasets"]]
+    assert [source.get("drop_reasoning") for source in toy["datasets"]] == dropped
+
+    def shape(stages, length, steps):
+        return [(s["max_completion_length"] / length, s["num_generations"], s["steps"] / steps) for s in stages]
+
+    if "4k_equal_tokens" in path.name:  # its steps follow from measured lengths, which differ
+        assert [s["num_generations"] for s in toy["stages"]] == [16]
+        assert 20 < toy["stages"][0]["steps"] < 40 and 100 < real["stages"][0]["steps"] < 200
+    elif "stages" in real:
+        assert shape(toy["stages"], 96, 20) == shape(real["stages"], 4096, 100)
+
+
+def test_every_recipe_has_its_row():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| [")]
+    linked = [re.match(r"\| \[([\w/]+)\]\(([\w/]+)\.yaml\)", row).groups() for row in rows]
+    assert all(shown == file for shown, file in linked)
+    files = [name(path).removesuffix(".yaml") for path in RUNS + SWEEPS if path.stem != "table"]
+    assert sorted(file for _, file in linked) == sorted(files)
+    assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
+
+
+@pytest.mark.parametrize("path", [p for p in RUNS if "scale" in p.parts], ids=name)
+def test_scale_recipes_say_what_to_do_without_memory(path):
+    assert re.search(r"# Out of memory", path.read_text())
+    assert re.search(r"GPUs? of 80 GB", path.read_text())
+
+
 BOOKKEEPING = {
     "base",
     "output_dir",
@@ -421,6 +521,12 @@ PAPER = {
         **{"loss_type": "dapo", "mask_truncated_completions": False, "vllm_importance_sampling_correction": False},
     },
     "ablations/ptst_three_stages.yaml": {"stages": [(4096, 16, 100), (8192, 8, 100), (16384, 4, 100)], "beta": 0.01},
+    "ablations/4kx16_4kx16.yaml": {"stages": [(4096, 16, 200)], "model_name_or_path": "runs/cold_start"},
+    "ablations/4kx16_8kx16.yaml": {"stages": [(4096, 16, 100), (8192, 16, 100)], "reward": "hfrrf"},
+    "ablations/4kx16_6kx12_8kx8.yaml": {"stages": [(4096, 16, 100), (6144, 12, 100), (8192, 8, 100)]},
+    "ablations/16kx16.yaml": {"stages": [(16384, 16, 200)], "model_name_or_path": "runs/cold_start"},
+    "ablations/zero_ptst.yaml": {"stages": [(4096, 16, 100), (8192, 8, 100)], "reward": "soft"},
+    "ablations/no_cot_ptst.yaml": {"stages": [(4096, 16, 100), (8192, 8, 100)], "reward": "hfrrf"},
     "long.yaml": {"stages": [(16384, 4, 300)], "reward": "hfrrf", "model_name_or_path": "runs/cold_start"},
     "zero.yaml": {"stages": [(4096, 16, 300)], "reward": "soft", "reward_weights": [0.5, 0.5]},
     "cold_start.yaml": {
@@ -435,7 +541,7 @@ def test_science_is_the_papers(file):
     values = load(ROOT / "recipes" / file)
     values["stages"] = [tuple(stage.values()) for stage in values.get("stages", [])]
     assert {key: values[key] for key in PAPER[file]} == PAPER[file]
-    assert "system_prompt" not in values or file == "zero.yaml"
+    assert ("system_prompt" in values) == ("zero" in file)
 
 
 def test_system_prompt_of_zero():
@@ -443,3 +549,5 @@ def test_system_prompt_of_zero():
 
     for file in ("zero.yaml", "toy/zero.yaml"):
         assert load(ROOT / "recipes" / file)["system_prompt"] == ZERO_SYSTEM_PROMPT
+    rows = load(ROOT / "recipes" / "toy" / "table_main.yaml")["rows"]
+    assert [row["evaluate"]["system_prompt"] for row in rows if "evaluate" in row] == [ZERO_SYSTEM_PROMPT]

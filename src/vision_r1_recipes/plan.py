@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import torch
-from transformers import AutoModelForImageTextToText
 from trl import ModelConfig
 
+from . import memory
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .preflight import longest_sequence, model_config, recipe_problems
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
@@ -28,7 +27,12 @@ def planned(config_class: type, world_size: int) -> type:
 
 
 def plan(
-    argv: Sequence[str], world_size: int = 1, gpus: int | None = None, seconds_per_rollout: float | None = None
+    argv: Sequence[str],
+    world_size: int = 1,
+    gpus: int | None = None,
+    seconds_per_rollout: float | None = None,
+    zero_stage: int = 3,
+    gpu_memory: float = 80,
 ) -> tuple[str, list[str]]:
     """
     What `argv` (a recipe and overrides) would do.
@@ -40,6 +44,8 @@ def plan(
             All GPUs instead: those of the training processes and, with `vllm_mode: server`, of the server.
         seconds_per_rollout (`float`, *optional*):
             Measured time of a rollout with its updates, for the GPU-hours.
+        zero_stage (`int`, *optional*, defaults to `3`), gpu_memory (`float`, *optional*, defaults to `80`):
+            DeepSpeed's stage (0: none) and the GB of a GPU, for the estimate of the memory.
 
     Returns:
         The plan as text, and all problems found.
@@ -53,6 +59,8 @@ def plan(
         if world_size < 1:
             return f"{argv[0]}: can't be run", [f"--gpus: {gpus}, and the vLLM server alone takes {serving}."]
     config_class = VisionGRPOConfig if recipe.keys() & {"stages", "prompts_per_rollout"} else VisionSFTConfig
+    origin = start_model(argv[0], recipe.get("model_name_or_path"))
+    argv = [*argv, "--model_name_or_path", origin] if origin else argv
     instances, problems = _check(argv, config_class, world_size)
     if problems and serving:
         fits = [n for n in range(1, 2 * gpus) if not _check(argv, config_class, n)[1]]
@@ -63,13 +71,27 @@ def plan(
     if instances is None or getattr(instances[1], "stages", instances[1]) is None:
         return f"{title}: can't be run", problems
     describe = _grpo if config_class is VisionGRPOConfig else _sft
-    lines = describe(*instances, world_size)
+    lines = describe(*instances, world_size, recipe.get("model_name_or_path"), zero_stage, gpu_memory)
     if seconds_per_rollout and config_class is VisionGRPOConfig:
         hours = seconds_per_rollout * num_rollouts(parse_stages(instances[1].stages)) / 3600
         lines.append(
             f"at {seconds_per_rollout:g} s a rollout: {hours:,.1f} h, {hours * (gpus or world_size):,.0f} GPU-h"
         )
     return "\n".join([f"{title}: {lines[0]}", *lines[1:]]), problems
+
+
+def start_model(path: str, name: str | None) -> str | None:
+    """
+    The model at the beginning of the chain that makes `name`, a run's output that is not here yet: its maker is
+    looked for among the recipes beside the one at `path` and one folder up. `None` when there is nothing to find.
+    """
+    found, folder = None, Path(path).resolve().parent
+    beside = [file for place in (folder, folder.parent) for file in sorted(place.glob("*.yaml"))]
+    while name and model_config(name) is None:
+        makers = [load(file) for file in beside if f"output_dir: {name}\n" in file.read_text(encoding="utf-8")]
+        name = makers[0].get("model_name_or_path") if makers else None
+        found = name or found
+    return found
 
 
 def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[tuple | None, list[str]]:
@@ -80,19 +102,41 @@ def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[tu
     return instances, list(dict.fromkeys(problems))
 
 
-def _sft(data: DataArguments, args: VisionSFTConfig, model: ModelConfig, world_size: int) -> list[str]:
+def _sft(
+    data: DataArguments,
+    args: VisionSFTConfig,
+    model: ModelConfig,
+    world_size: int,
+    name: str | None,
+    zero_stage: int,
+    gpu_memory: float,
+) -> list[str]:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     return [
-        f"SFT of {model.model_name_or_path}",
+        f"SFT of {name}",
         f"rows per update {rows} = {args.per_device_train_batch_size} per micro-batch x "
         f"{args.gradient_accumulation_steps} micro-steps x {world_size} processes; longest row {args.max_length} "
         f"tokens; {args.num_train_epochs:g} epochs",
         *_about_the_data(data, None, None),
-        *_about_the_model(model, args),
+        *_about_the_model(
+            name,
+            model,
+            args,
+            [(args.per_device_train_batch_size, 0, args.max_length)] if args.max_length else [],
+            *(None, world_size, zero_stage, gpu_memory),
+        ),
     ]
 
 
-def _grpo(data: DataArguments, args: VisionGRPOConfig, model: ModelConfig, world_size: int) -> list[str]:
+def _grpo(
+    data: DataArguments,
+    args: VisionGRPOConfig,
+    model: ModelConfig,
+    world_size: int,
+    name: str | None,
+    zero_stage: int,
+    gpu_memory: float,
+) -> list[str]:
     stages = parse_stages(args.stages)
     numbers, _ = batch_arithmetic(
         stages,
@@ -132,7 +176,7 @@ def _grpo(data: DataArguments, args: VisionGRPOConfig, model: ModelConfig, world
     longest = longest_sequence(data, args, stages)
     prompts = num_rollouts(stages) * args.prompts_per_rollout
     lines = [
-        f"GRPO of {model.model_name_or_path}, reward {args.reward}",
+        f"GRPO of {name}, reward {args.reward}",
         f"{args.prompts_per_rollout} prompts per rollout, {args.prompts_per_update} per update; "
         f"{numbers.micro_steps_per_update} micro-steps per update, "
         f"{numbers.updates_per_rollout} update(s) per rollout; "
@@ -146,10 +190,16 @@ def _grpo(data: DataArguments, args: VisionGRPOConfig, model: ModelConfig, world
         f"longest sequence {longest or 'unbounded (no max_prompt_length)'} tokens"
         + (f", vllm_max_model_length {args.vllm_max_model_length}" if args.use_vllm else ""),
         *_about_the_data(data, prompts, args.prompts_per_rollout // world_size),
-        *_about_the_model(model, args),
+        *_about_the_model(
+            name,
+            model,
+            args,
+            [(n, prompt or 0, s.max_completion_length) for n, s in zip(micro_batches, stages, strict=True)],
+            *(longest, world_size, zero_stage, gpu_memory),
+        ),
     ]
     if args.use_vllm and args.vllm_mode == "server":
-        lines.append(f"server: {serve_command(model.model_name_or_path, args)}")
+        lines.append(f"server: {serve_command(name, args)}")
     if args.loss_type == "bnpo" and len(set(micro_batches)) > 1:
         lines.append("warning: loss_type bnpo averages over the micro-batch, whose rows change between the stages.")
     return lines
@@ -202,23 +252,34 @@ def _num_rows(source: dict) -> int | None:
     return min(rows, source.get("limit") or rows) if files else None
 
 
-def _about_the_model(model: ModelConfig, args: VisionSFTConfig | VisionGRPOConfig) -> list[str]:
+def _about_the_model(
+    name: str | None,
+    model: ModelConfig,
+    args: VisionSFTConfig | VisionGRPOConfig,
+    micro_batches: Sequence[tuple[int, int, int]],
+    longest: int | None,
+    world_size: int,
+    zero_stage: int,
+    gpu_memory: float,
+) -> list[str]:
     config = model_config(model.model_name_or_path)
     if config is None:
         return [
             f"note: {model.model_name_or_path} is not here, its size, positions and heads were not checked: plan "
             "again with, for example, `--model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct`"
         ]
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
-    lines = [f"model: {parameters / 1e9:.3g} billion parameters"]
+    parameters = memory.Model.of(config, model, False).parameters
+    origin = f", those of {model.model_name_or_path}, which it starts from" if name != model.model_name_or_path else ""
+    lines = [f"model: {parameters / 1e9:.3g} billion parameters{origin}"]
     if model.use_peft:
-        return [*lines, "checkpoints hold the adapter only"]
-    if args.save_strategy != "no":
+        lines.append("checkpoints hold the adapter only")
+    elif args.save_strategy != "no":
         each = parameters * BYTES_PER_PARAMETER / 1e9
-        kept = f"{args.save_total_limit} kept, {each * (args.save_total_limit + 1):,.3g} GB while one is written"
+        kept = f"{args.save_total_limit} kept, {each * (args.save_total_limit + 1):,.0f} GB while one is written"
         lines.append(
-            f"checkpoint: {each:,.3g} GB with bf16 and DeepSpeed's fp32 master weights; "
+            f"checkpoint: {each:,.0f} GB with bf16 and DeepSpeed's fp32 master weights; "
             + (kept if args.save_total_limit else "all kept, no save_total_limit")
         )
+    if micro_batches and model.dtype == "bfloat16":
+        lines += memory.describe(config, model, args, micro_batches, longest, world_size, zero_stage, gpu_memory)
     return lines

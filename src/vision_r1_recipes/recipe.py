@@ -351,6 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--world-size", "--world_size", type=int, default=1, help="training processes")
     plan.add_argument("--gpus", type=int, help="all GPUs, those of a vLLM server included")
     plan.add_argument("--seconds-per-rollout", type=float, help="measured, for the GPU-hours")
+    plan.add_argument("--zero-stage", type=int, choices=range(4), default=3, help="for the memory; 0: no DeepSpeed")
+    plan.add_argument("--gpu-memory", type=float, default=80, help="of one GPU, in GB")
     args, rest = parser.parse_known_args(argv)
     try:
         if args.command == "plan" and min(args.world_size, 1 if args.gpus is None else args.gpus) < 1:
@@ -358,7 +360,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "plan":
             from .plan import plan as make_plan
 
-            text, problems = make_plan([args.recipe, *rest], args.world_size, args.gpus, args.seconds_per_rollout)
+            memory = (args.zero_stage, args.gpu_memory)
+            text, problems = make_plan(
+                [args.recipe, *rest], args.world_size, args.gpus, args.seconds_per_rollout, *memory
+            )
             print(text)
             if problems:
                 print(f"\n{len(problems)} problem(s):", *(f"- {problem}" for problem in problems), sep="\n")
