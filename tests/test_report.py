@@ -1,7 +1,7 @@
 """The report of runs and evaluations in the files that training and evaluation write."""
 
-import builtins
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vision_r1_recipes import report
+from vision_r1_recipes import report, results
 from vision_r1_recipes.evaluate import summarize
 from vision_r1_recipes.recipe import RecipeError
 
@@ -22,10 +22,12 @@ TWO_STAGES = [
 ]
 
 
-def write_state(folder, rollouts, length=100.0, accuracy=True):
+def write_state(folder, rollouts, length=100.0, accuracy=True, held_out=None):
     rows = [
         {
             "step": r,
+            "step_time": 2.0,
+            "stage/num_generations": 16 if r <= 30 else 8,
             "reward": r / 50,
             **({"accuracy_rate": r / 80} if accuracy else {}),
             "completions/mean_length": length - r,
@@ -36,13 +38,15 @@ def write_state(folder, rollouts, length=100.0, accuracy=True):
         for r in range(1, rollouts + 1)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    log = [*rows, {"train_runtime": 1.0, "step": rollouts, "rollout": rollouts}]
+    evals = [{"step": r, "rollout": r, "eval_accuracy_rate": y} for r, y in (held_out or {}).items()]
+    log = [*rows, *evals, {"train_runtime": 1.0, "step": rollouts, "rollout": rollouts}]
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": rollouts, "log_history": log}))
 
 
-def write_run(folder, rollouts=60, **kwargs):
+def write_run(folder, rollouts=60, seed=1, **kwargs):
     write_state(folder, rollouts, **kwargs)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"stages": TWO_STAGES, "seed": 1}))
+    content = {"stages": TWO_STAGES, "seed": seed, "prompts_per_rollout": 8}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return str(folder)
 
 
@@ -94,11 +98,11 @@ def test_tables_and_figure(tmp_path, evals, capsys):
     printed, text = capsys.readouterr().out, (out / "report.md").read_text()
     half = 196 * np.sqrt(0.75 * 0.25 / 400)
     assert cells(text, "Vision-R1-CI") == [
-        "Vision-R1-CI", f"75.0 ± {half:.1f}", "75.0", "100.0", "100.0", "50", "0.0", "400",
-    ]  # fmt: skip
-    assert cells(text, "Vision-R1")[:2] == ["Vision-R1", "90.0 ± 2.9"]
-    _, points, interval, tokens = cells(text, "Vision-R1 minus Vision-R1-CI")
-    assert (points, tokens) == ("+15.0", "-60.0")
+        *("Vision-R1-CI", "1", "75.0", f"± {half:.1f}", "75.0", "100.0", "100.0", "50", "0.0", "400")
+    ]
+    assert cells(text, "Vision-R1")[:4] == ["Vision-R1", "1", "90.0", "± 2.9"]
+    _, seeds, points, interval, tokens = cells(text, "Vision-R1 minus Vision-R1-CI")
+    assert (seeds, points, tokens) == ("1", "+15.0", "-60.0")
     low, high = json.loads(interval.replace("+", ""))
     assert 8 < low < 15 < high < 22
     by_length = text[text.index("| Accuracy % by tokens") :]
@@ -106,11 +110,63 @@ def test_tables_and_figure(tmp_path, evals, capsys):
     assert "system_prompt 'x' against None" in text and "temperature 0.6" in text
     run = cells(text[text.index("| Run ") :], "Vision-R1")
     assert run[1:3] == ["96 x 16: 30, 192 x 8: 30", "60 of 60"]
-    assert run[3:] == ["0.07 → 1.15", "4.4 → 71.9", "96.5 → 42.5", "25.0 → 25.0"]
-    assert "Vision-R1 minus Vision-R1-CI" in printed and "report.md" in printed
-    assert "![" in text
-    picture = Image.open(out / "figure.png").convert("RGB")
-    assert picture.width > 1500 and len(picture.getcolors(maxcolors=1 << 24)) > 50
+    assert run[3:7] == ["0.07 → 1.15", "4.4 → 71.9", "96.5 → 42.5", "25.0 → 25.0"]
+    sampled = 8 * (16 * sum(100 - r for r in range(1, 31)) + 8 * sum(100 - r for r in range(31, 61)))
+    assert run[7:] == [f"{sampled / 1e6:.3g}", "2"]
+    assert "Vision-R1 minus Vision-R1-CI" in printed and "report.html" in printed
+    named = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert named == ["length.png", "accuracy.png", "tokens.png", "buckets.png", "reflection.png"]
+    for name in named:
+        picture = Image.open(out / name).convert("RGB")
+        assert picture.width > 700 and len(picture.getcolors(maxcolors=1 << 24)) > 50
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path, evals):
+    out = tmp_path / "report"
+    report.main([write_run(tmp_path / "run"), *evals, "--output_dir", str(out), "--title", "A < B"])
+    page = (out / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 5 == page.count("src=")
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert '<meta name="viewport" content="width=device-width' in page and "<title>A &lt; B</title>" in page
+    assert page.count('<div class="table"><table>') == page.count("<table>") == 5
+
+
+def test_seeds_are_one_row(tmp_path):
+    """Mean and standard deviation over seeds, differences within a seed, curves at equal budgets."""
+    arguments = []
+    right = {"ci": (200, 240), "ptst": (240, 300)}
+    for name, of_seed in right.items():
+        for seed, n in enumerate(of_seed):
+            folder = tmp_path / f"{name}-{seed}"
+            long = {15 * i: 0.1 * i + 0.02 * seed for i in range(1, 5)}
+            write_run(folder, 60 if name == "ci" else 30, seed=seed, held_out=long)
+            answers = np.arange(400) < n
+            evaluation = write_eval(folder / "eval", name, answers, np.full(400, 50 + seed), first_id=1000 * seed)
+            arguments += [f"{name}={folder}", f"{name}={evaluation}"]
+    report.main([*reversed(arguments), "--output_dir", str(tmp_path / "out"), "--baseline", "ci"])
+    text = (tmp_path / "out/report.md").read_text()
+    deviation = np.std([50, 60], ddof=1)
+    assert cells(text, "ci")[1:3] == ["2", f"55.0 ± {deviation:.1f}"]
+    assert cells(text, "ci")[6] == "50.5 ± 0.7" and cells(text, "ci")[-1] == "800"
+    assert cells(text, "ptst minus ci")[1:3] == ["2", f"+12.5 ± {np.std([10, 15], ddof=1):.1f}"]
+    assert "seeds 0, 1" in text and "± is the standard deviation over seeds" in text
+    budgets = text[text.index("| Held-out accuracy % at the same") :]
+    assert "30 rollouts" in budgets.splitlines()[0]
+    assert cells(budgets, "ci")[1:3] == ["2", f"21.0 ± {np.std([20, 22], ddof=1):.1f}"]
+    assert cells(text[text.index("| Run ") :], "ptst")[2] == "30 of 60"
+
+
+def test_tokens_and_minutes_of_rows_that_stand_for_several_rollouts(tmp_path):
+    rows = [
+        {"rollout": r, "reward": 0.5, "completions/mean_length": 10.0, "stage/num_generations": 4, "step_time": 3.0}
+        for r in (2, 4, 6)
+    ]
+    state = {"global_step": 12, "log_history": rows}  # 2 optimizer steps a rollout
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"prompts_per_rollout": 5, "seed": 4}))
+    run = results.load_run("x", tmp_path)
+    assert list(run.spent("tokens")) == [400, 800, 1200] and list(run.spent("minutes")) == [0.2, 0.4, 0.6]
+    assert run.seed == 4
 
 
 def test_run_that_is_still_going(tmp_path):
@@ -122,7 +178,7 @@ def test_run_that_is_still_going(tmp_path):
     report.main([str(folder), "--output_dir", str(tmp_path / "out")])
     text = (tmp_path / "out" / "report.md").read_text()
     assert cells(text, "run")[2] == "20 of 60"
-    assert "no evaluations given" in text and (tmp_path / "out" / "figure.png").is_file()
+    assert "no evaluations given" in text and (tmp_path / "out" / "length.png").is_file()
 
 
 def test_without_runs_samples_recipe_or_accuracy(tmp_path, evals):
@@ -154,9 +210,9 @@ def test_other_questions_and_buckets_are_named(tmp_path, evals):
 def test_a_path_may_hold_an_equals_sign(tmp_path, evals):
     folder = tmp_path / "lr=1e-6"
     write_run(folder)
-    runs, _, _ = report.load([str(folder)])
+    runs, _, _ = results.load([str(folder)])
     assert runs[0].label == "lr=1e-6"
-    runs, _, _ = report.load([f"label={folder}"])
+    runs, _, _ = results.load([f"label={folder}"])
     assert runs[0].label == "label" and runs[0].path == folder
 
 
@@ -168,8 +224,8 @@ def test_bad_input(tmp_path, evals, monkeypatch):
         report.main(["x=nowhere", *out])
     with pytest.raises(RecipeError, match=r"There is a summary.json in .*ci/eval"):
         report.main([str(tmp_path / "ci"), *out])
-    with pytest.raises(RecipeError, match="'ci' is used 2 times"):
-        report.main([evals[0], f"ci={evals[1]}", *out])
+    with pytest.raises(RecipeError, match="ci/eval is given twice"):
+        report.main([evals[0], f"CI={evals[0]}", *out])
     with pytest.raises(RecipeError, match=r"'CI' is none of the evaluations: ci, Vision-R1"):
         report.main([*evals, "--baseline", "CI", *out])
     for content in ("{", '{"rouge": 1}'):
@@ -178,14 +234,7 @@ def test_bad_input(tmp_path, evals, monkeypatch):
             report.main([evals[0], *out])
     assert not (tmp_path / "out").exists()
 
-    imported = builtins.__import__
-
-    def without_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"matplotlib is missing: pip install 'vision-r1-recipes\[report\]'"):
         report.main([evals[1], *out])
 

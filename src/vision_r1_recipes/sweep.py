@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -40,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoints, recipe
+from .evaluate import evaluate
 from .plan import plan
 from .preflight import kind_errors
 from .recipe import SCRIPTS, RecipeError
@@ -101,11 +103,14 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
             problems.append(f"`{key}`: {sweep[key]!r} is not a value of type {kind.__name__}.")
     if problems:
         raise RecipeError("\n".join(problems))
+    options = inspect.signature(evaluate).parameters.keys() - {"model", "name", "output_dir"}
+    problems += recipe.unknown_keys(sweep["evaluate"], options, "evaluate.")
     for i, row in enumerate(sweep["rows"]):
         if not isinstance(row, dict) or "label" not in row or ("recipe" in row) == ("model" in row):
             problems.append(f"rows[{i}]: {row!r} needs a `label`, and either a `recipe` or a `model`.")
         else:
             problems += recipe.unknown_keys(row, ROW_KEYS, f"rows[{i}].")
+            problems += recipe.unknown_keys(row.get("evaluate", {}), options, f"rows[{i}].evaluate.")
     labels = [row["label"] for row in sweep["rows"] if isinstance(row, dict) and "label" in row]
     problems += [f"`rows`: the label {label!r} is used twice." for label in {x for x in labels if labels.count(x) > 1}]
     if sweep.get("baseline", labels and labels[0]) not in labels:
@@ -150,21 +155,29 @@ def _unit(folder: Path, sweep: dict[str, Any], row: dict[str, Any], seed: int, h
 
     own = row.get("evaluate", {})
     name = "eval" if not own else "eval_" + re.sub(r"\W+", "_", row["label"]).strip("_")
-    evaluate = moved({**sweep["evaluate"], **own})
+    settings = moved({**sweep["evaluate"], **own})
     if "model" in row:
         model = Path(moved(row["model"]))
         place = home / "models" / model.name if not model.is_relative_to(home) else model
-        return Unit(row["label"], seed, model, place / name, evaluate)
+        return Unit(row["label"], seed, model, place / name, settings)
     path = folder / row["recipe"]
     before = recipe.load(path)
     values = {**moved(before), "seed": seed}
     overrides = []
     for key, value in values.items():
         if value != before.get(key):
-            plain = isinstance(value, str) and recipe.parse_overrides([f"--{key}={value}"]) == {key: value}
-            overrides += [f"--{key}", value if plain else json.dumps(value)]
+            overrides += [f"--{key}", _as_argument(value)]
     run = Path(values["output_dir"])
-    return Unit(row["label"], seed, run, run / name, evaluate, path, values, overrides)
+    return Unit(row["label"], seed, run, run / name, settings, path, values, overrides)
+
+
+def _as_argument(value: Any) -> str:
+    """`value` as the command line reads it back."""
+    try:
+        plain = isinstance(value, str) and recipe.parse_overrides(["--key", value]) == {"key": value}
+    except RecipeError:
+        plain = False
+    return value if plain else json.dumps(value)
 
 
 def check(sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
