@@ -3,21 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
-PACKAGE := src/vision_r1_recipes
-TOY := runs/toy
-# Two processes, data parallel: the demo goes the way that a cluster goes.
-LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/ddp.yaml --num_processes 2
-RECIPE := $(BIN)/python -m vision_r1_recipes.recipe
-EVALUATE := $(BIN)/python -m vision_r1_recipes.evaluate
-EVAL_ARGS := $(TOY)/data/rl --split test --max_new_tokens 384 --buckets 96 192 --batch_size 120
+SWEEP := $(BIN)/python -W ignore -m vision_r1_recipes.sweep
 # The demo needs no account and no network.
 export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-fast test-full test-vllm quality format clean
+.PHONY: help install demo tables test test-fast test-full test-vllm quality format clean
 help:
-	@echo "make demo       the whole of Vision-R1 in a toy world, on a CPU"
+	@echo "make demo       the whole of Vision-R1 in a toy world, on a CPU, in a quarter of an hour"
+	@echo "make tables     the paper's main and PTST tables in the toy world, three seeds, 90 minutes"
 	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; make test-vllm: rollouts)"
 	@echo "make quality    lint and format check (make format: mend)"
 
@@ -28,44 +23,12 @@ $(VENV)/installed: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# One file per finished step, so that an interrupted demo goes on where it stopped.
-demo: $(TOY)/base/done $(TOY)/cold_start/done $(TOY)/zero/done $(TOY)/ptst/done
-	$(BIN)/python -m vision_r1_recipes.report "Vision-R1-Zero=$(TOY)/zero" "Vision-R1=$(TOY)/ptst" \
-		--evals "Base=$(TOY)/base/eval" "Base with Zero's prompt=$(TOY)/base/eval_prompted" \
-		"Vision-R1-Zero=$(TOY)/zero/eval" "Vision-R1-CI=$(TOY)/cold_start/eval" "Vision-R1=$(TOY)/ptst/eval" \
-		--baseline Vision-R1-CI --output_dir runs/demo
-
-$(TOY)/data/done: | $(VENV)/installed
-	@echo "== 1/5 the toy world: pictures, questions, chains of thought, an untrained Qwen2.5-VL"
-	$(BIN)/python -m vision_r1_recipes.toy $(TOY)/data
-	@touch $@
-$(TOY)/base/done: $(TOY)/data/done
-	@echo "== 2/5 pretraining: the toy's instruct model"
-	@rm -rf $(TOY)/base
-	$(LAUNCH) $(PACKAGE)/sft.py recipes/toy/pretrain.yaml
-	$(EVALUATE) $(TOY)/base $(EVAL_ARGS) --output_dir $(TOY)/base/eval
-	@echo "and the same model with the system prompt that Vision-R1-Zero starts from"
-	$(EVALUATE) $(TOY)/base $(EVAL_ARGS) --output_dir $(TOY)/base/eval_prompted \
-		--system_prompt "$$($(RECIPE) get recipes/toy/zero.yaml system_prompt)"
-	@touch $@
-$(TOY)/cold_start/done: $(TOY)/base/done
-	@echo "== 3/5 Vision-R1-CI: the cold start"
-	@rm -rf $(TOY)/cold_start
-	$(LAUNCH) $(PACKAGE)/sft.py recipes/toy/cold_start.yaml
-	$(EVALUATE) $(TOY)/cold_start $(EVAL_ARGS) --output_dir $(TOY)/cold_start/eval
-	@touch $@
-$(TOY)/zero/done: $(TOY)/base/done
-	@echo "== 4/5 Vision-R1-Zero: RL without a cold start"
-	@rm -rf $(TOY)/zero
-	$(LAUNCH) $(PACKAGE)/grpo.py recipes/toy/zero.yaml
-	$(EVALUATE) $(TOY)/zero $(EVAL_ARGS) --output_dir $(TOY)/zero/eval
-	@touch $@
-$(TOY)/ptst/done: $(TOY)/cold_start/done
-	@echo "== 5/5 Vision-R1: RL with PTST from the cold start"
-	@rm -rf $(TOY)/ptst
-	$(LAUNCH) $(PACKAGE)/grpo.py recipes/toy/ptst.yaml
-	$(EVALUATE) $(TOY)/ptst $(EVAL_ARGS) --output_dir $(TOY)/ptst/eval
-	@touch $@
+# What is finished is skipped: an interrupted demo goes on, and the tables begin with its seed.
+demo: install
+	$(SWEEP) recipes/toy/table_main.yaml --seeds '[0]'
+tables: install
+	$(SWEEP) recipes/toy/table_main.yaml
+	$(SWEEP) recipes/toy/table_ptst.yaml
 
 test: install
 	$(BIN)/python -m pytest -m "not full"

@@ -12,6 +12,7 @@ from qwen_vl_utils import smart_resize
 from vision_r1_recipes import data
 from vision_r1_recipes.data import load_processor, load_rows
 from vision_r1_recipes.recipe import RecipeError
+from vision_r1_recipes.rewards import parse_format
 from vision_r1_recipes.toy import SIZE
 
 
@@ -82,6 +83,24 @@ def test_released_cold_start_schemas(toy, processor, file):
     assert [m["role"] for m in row["prompt"] + row["completion"]] == ["user", "assistant"]
     assert row["images"][0].size == (SIZE, SIZE)
     assert row == by_files[3]
+
+
+def test_reasoning_can_be_left_out(toy, tmp_path, processor):
+    """The answer stays as it is; a row without reasoning to leave out is dropped, not passed through."""
+    whole, _ = load({"path": str(toy / "cold"), "data_files": "vision_r1_mulberry_sft_full.json"}, "sft", processor)
+    source = {"path": str(toy / "cold"), "data_files": "vision_r1_mulberry_sft_full.json", "drop_reasoning": True}
+    rows, report = load(source, "sft", processor)
+    assert report.kept == len(whole) == len(rows)
+    for row, before in zip(rows, whole, strict=True):
+        text, longer = (r["completion"][0]["content"][0]["text"] for r in (row, before))
+        assert text == f"<think> </think>{longer.partition('</think>')[2]}" and row["prompt"] == before["prompt"]
+        assert parse_format(text) == parse_format(longer)
+        assert row["tokens"] < before["tokens"]
+
+    plain = [{"image": "pics/a.png", "conversations": turns(answer=answer)} for answer in ("3", "<think> 3</think> 3")]
+    path = cold(tmp_path, plain)
+    rows, report = load({"path": path, "drop_reasoning": True}, "sft", processor, max_dropped_share=0.5)
+    assert len(rows) == 1 and report.dropped == {"no reasoning to leave out": 1}
 
 
 def test_system_turn_of_a_cold_start_file(toy, processor):
@@ -410,6 +429,8 @@ def test_mended_and_lost_pictures_are_noticed(tmp_path, processor):
         ({"limit": 3}, "sft", ["no `path`"]),
         ({"path": "{tmp}/cold.json", "limit": "ten"}, "sft", ["`limit`", "'ten'"]),
         ({"path": "{tmp}/cold.json", "limit": 0}, "sft", ["`limit`", "0"]),
+        ({"path": "{tmp}/cold.json", "drop_reasoning": "no"}, "sft", ["`drop_reasoning`", "'no'", "true or false"]),
+        ({"path": "{tmp}/rl.parquet", "drop_reasoning": True}, "rl", ["`drop_reasoning`", "no reasoning"]),
     ],
 )
 def test_unusable_sources(tmp_path, processor, source, kind, parts):

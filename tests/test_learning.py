@@ -63,7 +63,7 @@ def test_the_demo(tmp_path):
     subprocess.run(["make", "demo"], check=True, cwd=tmp_path / "clone", timeout=3000)
     summaries, samples = {}, {}
     for name in ("base", "cold_start", "zero", "ptst"):
-        folder = tmp_path / "clone/runs/toy" / name / "eval"
+        folder = tmp_path / "clone/runs/tables/seed-0" / name / "eval"
         summaries[name] = json.loads((folder / "summary.json").read_text())
         samples[name] = pd.read_parquet(folder / "samples.parquet")
     assert summaries["ptst"]["questions"] >= 400
@@ -71,4 +71,4 @@ def test_the_demo(tmp_path):
     assert paired_difference(samples["ptst"], samples["cold_start"])[1] > 0
     buckets = [bucket["accuracy"] for bucket in summaries["cold_start"]["by_length"]]
     assert buckets[0] > buckets[1] and buckets[0] > buckets[2]
-    assert (tmp_path / "clone/runs/demo/figure.png").stat().st_size > 20_000
+    assert (tmp_path / "clone/runs/tables/table_main/report.html").stat().st_size > 100_000

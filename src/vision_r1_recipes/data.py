@@ -175,6 +175,8 @@ def load_rows(
     for i, source in enumerate(sources):
         rows, convert, folder = _read(source, kind, f"{name}[{i}]")
         if source.get("drop_reasoning"):
+            if kind == "rl":
+                raise RecipeError(f"{name}[{i}]: `drop_reasoning`: an RL row has no reasoning. Remove it.")
             convert = partial(_without_reasoning, convert)
         bounds = image_bounds(processor)
         parts.append(

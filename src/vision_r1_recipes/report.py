@@ -2,8 +2,8 @@
 Tables and figures like the paper's from any set of runs and evaluations, as HTML, Markdown and PNG.
 
 ```shell
-python -m vision_r1_recipes.report Zero=runs/demo/zero Vision-R1=runs/demo/ptst \\
-    --evals Vision-R1-CI=runs/demo/cold_start/eval Vision-R1=runs/demo/ptst/eval --baseline Vision-R1-CI
+python -m vision_r1_recipes.report Long=runs/long Vision-R1=runs/ptst \\
+    --evals CI=runs/cold_start/eval/rl Vision-R1=runs/ptst/eval/rl --baseline CI
 ```
 
 A run is a folder that `grpo.py` writes, finished or not; an evaluation one that `evaluate.py` writes. Both can be

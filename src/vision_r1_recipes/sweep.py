@@ -259,7 +259,7 @@ def _call(command: list[str], folder: Path, said: str) -> None:
         except OSError:
             raise Failed(f"{said}: at work already, from another sweep or one that was killed; see {log}") from None
         start = time.perf_counter()
-        print(f"{said} ...", flush=True)
+        print(f"{said} ... ({log})", flush=True)
         output.write(f"{shlex.join(command)}\n")
         output.flush()
         try:
