@@ -98,10 +98,10 @@ def test_tables_and_figure(tmp_path, evals, capsys):
     printed, text = capsys.readouterr().out, (out / "report.md").read_text()
     half = 196 * np.sqrt(0.75 * 0.25 / 400)
     assert cells(text, "Vision-R1-CI") == [
-        *("Vision-R1-CI", "1", "75.0", f"± {half:.1f}", "75.0", "100.0", "100.0", "50", "0.0", "400")
+        *("Vision-R1-CI", "75.0", "100.0", f"± {half:.1f}", "75.0", "100.0", "50", "0.0", "1", "400")
     ]
-    assert cells(text, "Vision-R1")[:4] == ["Vision-R1", "1", "90.0", "± 2.9"]
-    _, seeds, points, interval, tokens = cells(text, "Vision-R1 minus Vision-R1-CI")
+    assert cells(text, "Vision-R1")[:4] == ["Vision-R1", "90.0", "40.0", "± 2.9"]
+    _, points, tokens, interval, seeds = cells(text[text.index("| Minus Vision-R1-CI ") :], "Vision-R1")
     assert (seeds, points, tokens) == ("1", "+15.0", "-60.0")
     low, high = json.loads(interval.replace("+", ""))
     assert 8 < low < 15 < high < 22
@@ -113,7 +113,7 @@ def test_tables_and_figure(tmp_path, evals, capsys):
     assert run[3:7] == ["0.07 → 1.15", "4.4 → 71.9", "96.5 → 42.5", "25.0 → 25.0"]
     sampled = 8 * (16 * sum(100 - r for r in range(1, 31)) + 8 * sum(100 - r for r in range(31, 61)))
     assert run[7:] == [f"{sampled / 1e6:.3g}", "2"]
-    assert "Vision-R1 minus Vision-R1-CI" in printed and "report.html" in printed
+    assert "| Minus Vision-R1-CI |" in printed and "report.html" in printed
     named = re.findall(r"!\[.+\]\((.+)\)", text)
     assert named == ["length.png", "accuracy.png", "tokens.png", "buckets.png", "reflection.png"]
     for name in named:
@@ -146,13 +146,16 @@ def test_seeds_are_one_row(tmp_path):
     report.main([*reversed(arguments), "--output_dir", str(tmp_path / "out"), "--baseline", "ci"])
     text = (tmp_path / "out/report.md").read_text()
     deviation = np.std([50, 60], ddof=1)
-    assert cells(text, "ci")[1:3] == ["2", f"55.0 ± {deviation:.1f}"]
-    assert cells(text, "ci")[6] == "50.5 ± 0.7" and cells(text, "ci")[-1] == "800"
-    assert cells(text, "ptst minus ci")[1:3] == ["2", f"+12.5 ± {np.std([10, 15], ddof=1):.1f}"]
+    assert cells(text, "ci")[1:3] == [f"55.0 ± {deviation:.1f}", "50.5 ± 0.7"] and cells(text, "ci")[-2:] == [
+        "2",
+        "800",
+    ]
+    minus = cells(text[text.index("| Minus ci ") :], "ptst")
+    assert (minus[1], minus[-1]) == (f"+12.5 ± {np.std([10, 15], ddof=1):.1f}", "2")
     assert "seeds 0, 1" in text and "± is the standard deviation over seeds" in text
     budgets = text[text.index("| Held-out accuracy % at the same") :]
     assert "30 rollouts" in budgets.splitlines()[0]
-    assert cells(budgets, "ci")[1:3] == ["2", f"21.0 ± {np.std([20, 22], ddof=1):.1f}"]
+    assert cells(budgets, "ci")[1] == f"21.0 ± {np.std([20, 22], ddof=1):.1f}"
     assert cells(text[text.index("| Run ") :], "ptst")[2] == "30 of 60"
 
 

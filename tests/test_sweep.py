@@ -160,18 +160,18 @@ def test_a_sweep_that_is_killed_goes_on(home):
     while not (log.is_file() and "rollout 1," in log.read_text()):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGSTOP)  # so that it can't finish before it is looked for
+    child = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[0])
+    os.kill(child, signal.SIGSTOP)  # so that it can't finish before it is looked for
     first.kill()
     first.communicate()
     out, error = run(home, rows).communicate()
     assert "seed 3, CI: finished before" in out and "at work already" in error and "1 of 2 rows failed" in error
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)
     again = run(home, rows)
     out, error = again.communicate()
     assert again.returncode == 0, error
     assert "seed 3, CI: finished before" in out and "PTST: training ..." in out and "setup" not in out
-    assert "| PTST  |     1 |" in out and "PTST minus CI" in out
+    assert "| PTST  |" in out and "| Minus CI |" in out
     text = (home / "out/t/report.md").read_text()
     assert text.startswith("# Tiny") and "seeds 3" in text and "12 x 4: 2, 24 x 2: 2" in text
     page = (home / "out/t/report.html").read_text()
@@ -212,6 +212,6 @@ def test_another_seed_gives_the_committed_numbers(tmp_path):
     for label, folder in (("Vision-R1-CI", "cold_start"), ("Vision-R1", "ptst")):
         cells = next(line for line in text.splitlines() if line.startswith(f"| {label} ")).strip("|").split("|")
         summary = json.loads((tmp_path / "seed-17" / folder / "eval/summary.json").read_text())
-        for value, cell in ((100 * summary["accuracy"], cells[2]), (summary["mean_tokens"], cells[6])):
+        for value, cell in ((100 * summary["accuracy"], cells[1]), (summary["mean_tokens"], cells[2])):
             mean, deviation = map(float, cell.split("±"))
             assert abs(value - mean) < 3 * max(deviation, 1), (label, value, cell)

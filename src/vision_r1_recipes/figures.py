@@ -164,8 +164,10 @@ def _bars(axis, evaluations: Sequence[Evaluation], colours: dict[str, str]) -> l
             buckets = [e.summary["by_length"][j] for e in group]
             questions = sum(bucket["questions"] for bucket in buckets)
             right = sum((bucket["accuracy"] or 0) * bucket["questions"] for bucket in buckets)
-            accuracy = right / questions if questions else 0
             at = j + (i - (len(groups) - 1) / 2) * width
+            if not questions:
+                continue
+            accuracy = right / questions
             axis.bar(at, accuracy, 0.92 * width, color=colours[label])
             low, high = _wilson(accuracy, questions)
             axis.vlines(at, low, high, color="0.25", linewidth=0.8)
@@ -188,8 +190,6 @@ def _words(axis, evaluations: Sequence[Evaluation], colours: dict[str, str]) -> 
 
 
 def _wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, which is also right for a handful of questions; empty for none."""
-    if n == 0:
-        return 0.0, 0.0
+    """Wilson's interval of a share, which is also right for a handful of questions."""
     middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)

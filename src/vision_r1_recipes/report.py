@@ -49,7 +49,8 @@ h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #ddd;
 img { max-width: 100%; height: auto } .table { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal;
+  min-width: 7.5rem; padding-left: 0 }
 """
 
 
@@ -77,7 +78,7 @@ def spread(values: Iterable[float | None], form: str = ".1f") -> str:
 
 
 def main_table(evaluations: Sequence[Evaluation]) -> str:
-    header = ("Model", "Seeds", "Accuracy %", "95 %", "HFRRF %", "Format %", "Mean tokens", "Median", "Truncated %")
+    header = ("Model", "Accuracy %", "Mean tokens", "95 %", "HFRRF %", "Format %", "Median", "Truncated %", "Seeds")
     rows = []
     for label, group in by_label(evaluations).items():
         summaries = [e.summary for e in group]
@@ -85,11 +86,9 @@ def main_table(evaluations: Sequence[Evaluation]) -> str:
         accuracy, *shares, truncated = (
             spread(100 * s[key] for s in summaries) for key in ("accuracy", "hfrrf", "format_rate", "truncated")
         )
-        tokens = (spread((s[key] for s in summaries), form) for key, form in TOKENS)
-        questions = sum(s["questions"] for s in summaries)
-        rows.append(
-            (label, len(group), accuracy, f"± {percent(1.96 * error)}", *shares, *tokens, truncated, questions)
-        )
+        mean, median = (spread((s[key] for s in summaries), form) for key, form in TOKENS)
+        rest = (truncated, len(group), sum(s["questions"] for s in summaries))
+        rows.append((label, accuracy, mean, f"± {percent(1.96 * error)}", *shares, median, *rest))
     return table((*header, "Questions"), rows)
 
 
@@ -114,8 +113,8 @@ def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[
         each = [100 * (a.summary["accuracy"] - b.summary["accuracy"]) for a, b in pairs]
         tokens = [a.summary["mean_tokens"] - b.summary["mean_tokens"] for a, b in pairs]
         interval = f"[{low:+.1f}, {high:+.1f}]"
-        rows.append((f"{label} minus {baseline}", len(pairs), spread(each, "+.1f"), interval, spread(tokens, "+.1f")))
-    header = ("Paired difference", "Seeds", "Accuracy, points", "95 % interval", "Mean tokens")
+        rows.append((label, spread(each, "+.1f"), spread(tokens, "+.1f"), interval, len(pairs)))
+    header = (f"Minus {baseline}", "Accuracy, points", "Mean tokens", "95 %, accuracy", "Seeds")
     return table(header, rows).replace("± +", "± ") if rows else "", notes
 
 
@@ -196,9 +195,9 @@ def budget_table(runs: Sequence[Run]) -> str:
         for what, budget in budgets.items():
             curves = [run.held_out(what) for run in group]
             cells.append(spread(100 * np.interp(budget, at, y, left=np.nan) for at, y in curves if budget >= at[0]))
-        rows.append((label, len(group), *cells))
+        rows.append((label, *cells, len(group)))
     names = (f"{SPENT[what].format(budget)}" for what, budget in budgets.items())
-    return table(("Held-out accuracy % at the same", "Seeds", *names), rows)
+    return table(("Held-out accuracy % at the same", *names, "Seeds"), rows)
 
 
 # The report
