@@ -48,7 +48,7 @@ from transformers.utils import find_adapter_config_file  # noqa: E402
 from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.data import MARKER, generation_prefix, load_processor, load_rows  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
-from vision_r1_recipes.rewards import grade, parse_format  # noqa: E402
+from vision_r1_recipes.rewards import grade, last_answer, parse_format  # noqa: E402
 
 
 # Self-reflection words of the paper's data table, in the forms that are counted.
@@ -72,11 +72,8 @@ def extract_answer(text: str) -> str | None:
     line after the last "answer is" or "answer:", else the whole text if it is short. `None` when there is no answer,
     also when the reasoning or the answer was opened and never closed.
     """
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start >= 0:
-        text = text[start + len("<answer>") : end]
-        return re.sub(r"^\s*final\s+answer\s*:", "", text, flags=re.IGNORECASE).strip() or None
+    if tagged := last_answer(text):
+        return tagged
     text = text.rpartition("</think>")[2]
     if "<think>" in text or "<answer>" in text:
         return None

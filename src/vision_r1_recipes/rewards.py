@@ -111,14 +111,15 @@ def accuracy_reward(
 
 
 def _accuracy(texts: list[str], answers: list[str | None], solution: Sequence[str], log_metric) -> list[float]:
-    verdicts = grade_all(solution, [a or _last_answer(text) for a, text in zip(answers, texts, strict=True)])
+    verdicts = grade_all(solution, [a or last_answer(text) for a, text in zip(answers, texts, strict=True)])
     rewards = [float(verdict is True) for verdict in verdicts]
     _log(log_metric, "accuracy_rate", rewards)
     _log(log_metric, "grader_timeouts", [verdicts.count(None)])
     return rewards
 
 
-def _last_answer(text: str) -> str | None:
+def last_answer(text: str) -> str | None:
+    """The last `<answer> ... </answer>` without its prefix, whatever the format; `None` if it is empty or absent."""
     end = text.rfind(TAGS[3])
     start = text.rfind(TAGS[2], 0, max(end, 0))
     return strip_prefix(text[start + len(TAGS[2]) : end]) or None if start >= 0 else None
