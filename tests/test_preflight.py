@@ -185,7 +185,12 @@ def test_tensor_parallel_divides_the_heads(model, tmp_path, heads, parallel, ok)
     _, found = plan.plan([str(tmp_path / "r.yaml")], 24)
     assert bool(found) is not ok
     if found:
-        assert f"{parallel} doesn't divide {heads} heads; 1, 2, 4, 7 do" in found[0]
+        assert f"{parallel} doesn't divide {heads} heads, or suit {heads} KV heads; 1, 2, 4, 7 do" in found[0]
+
+
+def test_tensor_parallel_suits_the_kv_heads():
+    text = preflight.model_config("Qwen/Qwen2.5-VL-7B-Instruct").get_text_config()  # 28 heads, 4 of them KV
+    assert [n for n in range(1, 29) if preflight._splits(text, n)] == [1, 2, 4, 28]
 
 
 def test_known_models_stand_in_for_the_hub():

@@ -373,6 +373,20 @@ def test_plan_finds_the_model_at_the_beginning(capsys):
     assert "note: runs/nowhere is not here" in out
 
 
+def test_plan_survives_a_circle_of_start_models(capsys, write):
+
+    def text(output_dir, model):
+        return MINIMAL.replace("output_dir: out", f"output_dir: {output_dir}  # where\nmodel_name_or_path: {model}")
+
+    write("a.yaml", text("runs/a", "runs/b"))
+    b = write("b.yaml", text("'runs/b'", "runs/a"))
+    write("broken.yaml", "{")
+    code, out, _ = command(capsys, "plan", b)
+    assert code == 0 and "GRPO of runs/a" in out and "is not here" in out
+    write("a.yaml", text("runs/a", "Qwen/Qwen2.5-VL-3B-Instruct"))
+    assert "those of Qwen/Qwen2.5-VL-3B-Instruct" in command(capsys, "plan", b)[1]
+
+
 def test_plan_says_what_bounds_the_memory(capsys):
     path, eight = ROOT / "recipes/ptst.yaml", ("--world-size", "8")
     _, out, _ = command(capsys, "plan", path, *eight)
@@ -437,6 +451,7 @@ def test_diff(capsys, write):
     code, out, _ = command(capsys, "diff", a, a, "--x", "3")
     assert code == 0 and out == "x:\n  - 1\n  + 3\n"
     assert command(capsys, "diff", a, a)[:2] == (0, "the same\n")
+    assert command(capsys, "diff", a, a, "--x", '"1"')[1] == "x:\n  - 1\n  + '1'\n"
     assert command(capsys, "diff", a, "none.yaml")[0] == 2
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -161,15 +162,85 @@ def test_seeds_are_one_row(tmp_path):
 
 def test_tokens_and_minutes_of_rows_that_stand_for_several_rollouts(tmp_path):
     rows = [
-        {"rollout": r, "reward": 0.5, "completions/mean_length": 10.0, "stage/num_generations": 4, "step_time": 3.0}
+        {"rollout": r, "step": 2 * r, "reward": 0.5, "completions/mean_length": 10.0, "step_time": 3.0}
+        | {"stage/num_generations": 4}
         for r in (2, 4, 6)
     ]
-    state = {"global_step": 12, "log_history": rows}  # 2 optimizer steps a rollout
+    state = {"global_step": 14, "log_history": rows}  # 2 optimizer steps a rollout, one rollout not logged yet
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"prompts_per_rollout": 5, "seed": 4}))
     run = results.load_run("x", tmp_path)
     assert list(run.spent("tokens")) == [400, 800, 1200] and list(run.spent("minutes")) == [0.2, 0.4, 0.6]
     assert run.seed == 4
+    stages = [{"max_completion_length": 9, "num_generations": g, "steps": 3} for g in (4, 2)]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"prompts_per_rollout": 5, "stages": stages}))
+    run = results.load_run("x", tmp_path)  # the second row has one rollout of either stage
+    assert list(run.spent("tokens")) == [400, 700, 900]
+    (tmp_path / "recipe.yaml").unlink()
+    assert np.isnan(results.load_run("x", tmp_path).spent("tokens")).all()
+
+
+def test_what_the_run_before_spent_counts(tmp_path):
+    write_run(tmp_path / "one", 30, held_out={15: 0.2, 30: 0.4})
+    write_run(tmp_path / "two", 30, held_out={0: 0.4, 15: 0.5})
+    (tmp_path / "two/recipe.yaml").write_text(
+        (tmp_path / "two/recipe.yaml").read_text() + f"model_name_or_path: {tmp_path / 'one'}\n"
+    )
+    runs, _, _ = results.load([str(tmp_path / "one"), str(tmp_path / "two")])
+    results.link(runs)
+    assert list(runs[1].spent("rollouts")[[0, -1]]) == [31, 60]
+    total = runs[0].spent("tokens")[-1]
+    assert runs[1].spent("tokens")[-1] == 2 * total
+    assert list(runs[1].held_out("rollouts")[0]) == [30, 45] and runs[1].held_out("tokens")[0][0] == total
+
+
+def test_seeds_that_were_asked_the_same_questions_are_no_more_questions(tmp_path):
+    right = np.arange(400) % 4 > 0
+    one = report.pooled([results.load_evaluation("", Path(write_eval(tmp_path / "a", "m", right, right * 1)))])
+    arguments = [f"m={write_eval(tmp_path / f's{i}' / 'eval', 'm', right, right * 1)}" for i in range(3)]
+    _, evaluations, _ = results.load(arguments)
+    pooled = report.pooled(evaluations)
+    assert len(pooled) == 400 and np.std(pooled["correct"]) == np.std(one["correct"])
+    other = write_eval(tmp_path / "other" / "eval", "m", right, right * 1, first_id=7)
+    assert len(report.pooled([*evaluations, results.load_evaluation("m", Path(other))])) == 1600
+
+
+@pytest.mark.parametrize("seeds, pairs", [([1, 2], 2), ([1, 3], 1), ([3, 4], 0), ([1, 1], 0), ([None, None], 0)])
+def test_pairs_are_of_one_seed(tmp_path, seeds, pairs):
+    """The seed stands in the recipe of the run, above the evaluation or one folder further up."""
+    arguments = []
+    for label, of_label in (("ci", [1, 2]), ("new", seeds)):
+        for i, seed in enumerate(of_label):
+            run = tmp_path / f"{label}-{i}"
+            place = run / "eval" / "rl" if i else run / "eval"
+            arguments.append(f"{label}={write_eval(place, label, np.arange(40) < 20 + 3 * i, np.full(40, 5))}")
+            if seed is not None:
+                (run / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed}))
+    report.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    text = (tmp_path / "out/report.md").read_text()
+    if pairs:
+        assert cells(text[text.index("| Minus ci ") :], "new")[-1] == str(pairs)
+    else:
+        assert "| Minus ci " not in text and "new minus ci: " in text
+
+
+def test_a_model_that_was_not_trained_here_is_one_of_every_pair(tmp_path):
+    right = np.arange(40) < 20
+    arguments = [f"base={write_eval(tmp_path / 'base', 'base', right, right * 1)}"]
+    for seed in (1, 2):
+        arguments.append(f"new={write_eval(tmp_path / f'{seed}/eval', 'new', right, right * 1)}")
+        (tmp_path / f"{seed}/recipe.yaml").write_text(f"seed: {seed}\n")
+    report.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    text = (tmp_path / "out/report.md").read_text()
+    assert cells(text[text.index("| Minus base ") :], "new")[1] == "+0.0 ± 0.0"
+
+
+def test_a_state_that_is_being_written_is_passed_over(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder / "checkpoint-9", 9)
+    (folder / "checkpoint-20").mkdir()
+    (folder / "checkpoint-20/trainer_state.json").write_text('{"global_step": 20, "log_hist')
+    assert len(results.load_run("x", folder).rows) == 9
 
 
 def test_run_that_is_still_going(tmp_path):

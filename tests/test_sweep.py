@@ -96,7 +96,20 @@ def test_text_that_yaml_would_read_otherwise_is_quoted(home):
         ("--seed=1", "unknown key `seed`: 1; did you mean `seeds`"),
         ("--seeds=[1, 1]", "`seeds`"),
         ("--seeds=[]", "`seeds`"),
-        ("--seeds=3", "`seeds`: 3 is not a value of type list"),
+        ("--seeds=3", "`seeds`: 3 is empty, or not a value of type list"),
+        ("--seeds=[true]", "`seeds`"),
+        ("--rows=[]", "`rows`: [] is empty"),
+        ("--rows=[3]", "rows[0]: 3"),
+        ("--rows=[{label: 4, model: x}]", "rows[0]"),
+        ("--rows=[{label: a, recipe: 4}]", "rows[0]"),
+        ("--rows=[{label: a, model: x, evaluate: null}]", "rows[0].evaluate: None"),
+        (
+            "--rows=[{label: CI, model: x, evaluate: {seed: 1}}, {label: CI+, model: x, evaluate: {seed: 2}}]",
+            "rename one",
+        ),
+        ("--launch='x {gpus}'", "`launch`: 'x {gpus}': 'gpus' in braces"),
+        ("--num_processes=0", "`num_processes`"),
+        ("--root=elsewhere", "`output_dir`: runs/toy/again is not below the sweep's `root`, elsewhere"),
         ("--evaluate={splitt: x}", "unknown key evaluate.`splitt`"),
         ("--rows=[{label: CI, model: x, evaluate: {seeed: 3}}]", "unknown key rows[0].evaluate.`seeed`"),
         ("--baseline=cI", "`baseline`: 'cI' is none of the labels: Again, PTST, CI"),
@@ -112,6 +125,68 @@ def test_wrong_sweeps(home, override, part):
     with pytest.raises(RecipeError) as error:
         load(home / "t.yaml", override)
     assert part in str(error.value)
+
+
+def test_models_from_elsewhere_are_evaluated_once(home):
+    _, units = load(
+        home / "t.yaml", "--seeds=[3, 5]", "--rows=[{label: CI, model: Qwen/A}, {label: B, model: Other/A}]"
+    )
+    assert [(u.label, u.seed) for u in units] == [("CI", None), ("B", None)]
+    assert [str(u.evaluation) for u in units] == [f"{home}/out/models/{x}_A/eval" for x in ("Qwen", "Other")]
+
+
+def test_a_root_may_end_in_a_slash(home):
+    _, units = load(home / "t.yaml", "--root=./runs/toy/")
+    assert str(units[0].folder) == f"{home}/out/seed-3/cold"
+
+
+def test_rows_that_need_each_other(home):
+    (home / "cold.yaml").write_text((home / "cold.yaml").read_text().replace("runs/toy/data/model", "runs/toy/again"))
+    with pytest.raises(RecipeError, match="Again needs PTST needs CI needs Again"):
+        load(home / "t.yaml")
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        (
+            "--evaluate={max_new_tokens: many}",
+            "evaluation of CI: argument --max_new_tokens: invalid int value: 'many'",
+        ),
+        ("--evaluate={buckets: [x]}", "argument --buckets"),
+    ],
+)
+def test_a_wrong_evaluation_is_told_before_anything_runs(home, override, part):
+    with pytest.raises(RecipeError) as error:
+        sweep.main([str(home / "t.yaml"), override])
+    assert part in str(error.value) and not (home / "out").exists()
+
+
+def test_a_start_model_that_no_row_makes(home):
+    values, units = load(home / "t.yaml", "--rows=[{label: CI, recipe: ptst.yaml}]")
+    with pytest.raises(sweep.Failed, match=r"start model .*seed-3/cold is not there: add the row"):
+        sweep.run_unit(values, units[0])
+    del values["setup"]
+    with pytest.raises(RecipeError, match=r"starts from .*seed-3/cold, which is not there"):
+        sweep.check(values, units)
+
+
+def test_what_was_finished_with_other_settings_is_not_taken(home):
+    _, units = load(home / "t.yaml")
+    ptst = next(unit for unit in units if unit.label == "PTST")
+    ptst.evaluation.mkdir(parents=True)
+    (ptst.folder / "trainer_state.json").write_text(json.dumps({"global_step": 4, "max_steps": 4}))
+    sampling = {"do_sample": True, "temperature": 0.6, "max_new_tokens": 16, "seed": 0}
+    summary = {"sampling": sampling, "data": {"path": ptst.evaluate["data"], "split": "test", "limit": 8}}
+    summary["by_length"] = [{"over": 0, "up_to": 8}, {"over": 8, "up_to": None}]
+    (ptst.evaluation / "summary.json").write_text(json.dumps(summary))
+    (ptst.folder / "recipe.yaml").write_text(yaml.safe_dump(ptst.values))
+    assert ptst.done and sweep._outdated(ptst) == []
+    ptst.values = {**ptst.values, "stages": [*ptst.values["stages"], ptst.values["stages"][0]]}
+    assert "holds another run, finished" in sweep._outdated(ptst)[0]
+    ptst.evaluate = {**ptst.evaluate, "max_new_tokens": 24, "buckets": [4, 8]}
+    found = "\n".join(sweep._outdated(ptst))
+    assert "`max_new_tokens`: 16, now 24" in found and "`buckets`: [8], now [4, 8]" in found
 
 
 def test_a_missing_key(home):

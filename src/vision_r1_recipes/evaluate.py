@@ -325,7 +325,9 @@ def evaluate(
     folder = Path(output_dir or home / Path(data).resolve().stem)
     folder.mkdir(parents=True, exist_ok=True)
     samples.to_parquet(folder / "samples.parquet")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draft = folder / "summary.json.draft"
+    draft.write_text(json.dumps(summary, indent=2) + "\n")
+    draft.replace(folder / "summary.json")  # in one stroke: with it the evaluation counts as finished
     print(describe(summary), f"written to {folder}", sep="\n")
     return summary
 
@@ -353,7 +355,7 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vision_r1_recipes.evaluate",
         description=evaluate.__doc__,
@@ -369,7 +371,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("temperature", "top_p", "max_dropped_share"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--buckets", type=int, nargs="+")
-    evaluate(**vars(parser.parse_args(argv)))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    evaluate(**vars(argument_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _curve(axis, x: Sequence[np.ndarray], y: Sequence[np.ndarray], colour: str, 
 def _over_rollouts(axis, runs: Sequence[Run], key: str, colours: dict[str, str]) -> None:
     for label, group in by_label(runs).items():
         columns = [run.column(key) for run in group]
-        x = [run.column("rollout") for run in group]
+        x = [run.spent("rollouts") for run in group]
         if len(group) == 1:
             axis.plot(x[0], columns[0], ".", color=colours[label], alpha=0.25, markersize=3)
         _curve(axis, x, columns, colours[label], smooth=max(1, len(columns[0]) // 12))
@@ -97,7 +97,8 @@ def _length(axis, runs: Sequence[Run], colours: dict[str, str]) -> None:
     top = axis.get_ylim()[1]
     for label, group in by_label(runs).items():
         stages = group[0].stages
-        edges = np.cumsum([0, *(stage.steps for stage in stages)])
+        edges = np.cumsum([0, *(stage.steps for stage in stages)]) + group[0].spent("rollouts")[0]
+        edges = edges - group[0].column("rollout")[0]
         caps = [stage.max_completion_length for stage in stages]
         if caps:
             axis.stairs(caps, edges, baseline=None, color=colours[label], linestyle="--", linewidth=1, alpha=0.7)

@@ -41,6 +41,7 @@ class Model:
     intermediate: int
     vocabulary: int
     cache: int  # bytes of a token in the KV cache
+    kv_heads: int  # vLLM can spread the cache over so many GPUs, more hold copies
 
     @classmethod
     def of(cls, config: PreTrainedConfig, model: ModelConfig, freeze_vision: bool) -> Model:
@@ -64,6 +65,7 @@ class Model:
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
             vocabulary=text.vocab_size,
+            kv_heads=text.num_key_value_heads,
             cache=2 * text.num_hidden_layers * text.num_key_value_heads * head * BYTES,
         )
 
@@ -138,12 +140,13 @@ def describe(
         parallel = args.vllm_tensor_parallel_size
         weights = BYTES * model.parameters / parallel
         cache = serving - weights - SERVING
-        fits = f"{max(cache, 0) * parallel / model.cache / longest:,.0f}" if longest else "?"
+        each = model.cache / min(parallel, model.kv_heads) * (longest or 0)
+        fits = f"{max(cache, 0) / each:,.0f}" if each else "?"
         lines.append(
             f"  vLLM: {serving / GB:.1f} = weights {weights / GB:.1f} (over {parallel}), its own {SERVING / GB:.1f}, "
             f"KV cache {cache / GB:.1f} = {fits} sequences of {longest or 0:,} tokens"
         )
-        if cache * parallel < model.cache * (longest or 0):
+        if cache < each:
             lines.append("  warning: no longest sequence fits: raise vllm_gpu_memory_utilization")
         needs["rollout"] = base + serving
     asleep = not serving or args.vllm_enable_sleep_mode

@@ -13,7 +13,7 @@ from . import memory
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .preflight import longest_sequence, model_config, recipe_problems
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
-from .recipe import load, merge, parse_all, parse_overrides
+from .recipe import RecipeError, load, merge, parse_all, parse_overrides
 
 
 BYTES_PER_PIXEL = 24  # Qwen2.5-VL's `pixel_values`: 3 colours x 2 frames x 4 bytes
@@ -85,13 +85,19 @@ def start_model(path: str, name: str | None) -> str | None:
     The model at the beginning of the chain that makes `name`, a run's output that is not here yet: its maker is
     looked for among the recipes beside the one at `path` and one folder up. `None` when there is nothing to find.
     """
-    found, folder = None, Path(path).resolve().parent
-    beside = [file for place in (folder, folder.parent) for file in sorted(place.glob("*.yaml"))]
-    while name and model_config(name) is None:
-        makers = [load(file) for file in beside if f"output_dir: {name}\n" in file.read_text(encoding="utf-8")]
-        name = makers[0].get("model_name_or_path") if makers else None
-        found = name or found
-    return found
+    folder = Path(path).resolve().parent
+    made_from: dict[str, str | None] = {}
+    for file in (file for place in (folder, folder.parent) for file in place.glob("*.yaml")):
+        try:
+            beside = load(file)
+        except RecipeError:  # somebody else's
+            continue
+        made_from.setdefault(str(beside.get("output_dir")), beside.get("model_name_or_path"))
+    found, seen = None, set()
+    while name in made_from and name not in seen and model_config(name) is None:
+        seen.add(name)
+        found = name = made_from[name]
+    return None if found in seen else found
 
 
 def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[tuple | None, list[str]]:

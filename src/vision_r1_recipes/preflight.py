@@ -243,16 +243,25 @@ def grpo_problems(values: dict, data: DataArguments, args: VisionGRPOConfig, mod
                 f"`vllm_max_model_length`: {args.vllm_max_model_length}, the longest sequence needs {longest}."
             )
         config = model_config(model.model_name_or_path)
-        heads = config.get_text_config().num_attention_heads if config else 0
+        text = config.get_text_config() if config else None
         parallel = args.vllm_tensor_parallel_size
-        if heads % parallel:
-            fits = ", ".join(str(n) for n in range(1, 9) if heads % n == 0)
-            problems.append(f"`vllm_tensor_parallel_size`: {parallel} doesn't divide {heads} heads; {fits} do.")
+        if text and not _splits(text, parallel):
+            fits = ", ".join(str(n) for n in range(1, 9) if _splits(text, n))
+            problems.append(
+                f"`vllm_tensor_parallel_size`: {parallel} doesn't divide {text.num_attention_heads} heads, or suit "
+                f"{text.num_key_value_heads} KV heads; {fits} do."
+            )
         if args.vllm_mode == "colocate" and args.world_size % parallel:
             problems.append(
                 f"`vllm_tensor_parallel_size`: {parallel} doesn't divide the {args.world_size} training processes."
             )
     return problems
+
+
+def _splits(text: PreTrainedConfig, n: int) -> bool:
+    """Whether vLLM can spread the heads over `n` GPUs; KV heads are divided, or each is copied to as many GPUs."""
+    kv = text.num_key_value_heads
+    return text.num_attention_heads % n == 0 and (kv % n == 0 or n % kv == 0)
 
 
 def longest_sequence(data: DataArguments, args: VisionGRPOConfig, stages: Sequence[Stage]) -> int | None:

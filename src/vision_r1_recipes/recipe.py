@@ -330,7 +330,8 @@ def dump(recipe: Any) -> str:
 def _describe_differences(a: dict[str, Any], b: dict[str, Any]) -> str:
     def shown(value: Any, sign: str) -> str:
         flow = yaml.safe_dump(value, default_flow_style=None, sort_keys=False, allow_unicode=True, width=119)
-        lines = value if isinstance(value, str) else flow.removesuffix("...\n")
+        plain = isinstance(value, str) and yaml.load(flow, Loader=_Loader) == value and flow[0] not in "'\""
+        lines = value if plain else flow.removesuffix("...\n")
         return "\n".join(f"  {sign} {line}" for line in lines.rstrip("\n").splitlines())
 
     found = differences(a, b)

@@ -20,7 +20,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 import argparse  # noqa: E402
 import base64  # noqa: E402
-import json  # noqa: E402
 import re  # noqa: E402
 import textwrap  # noqa: E402
 from collections.abc import Iterable, Sequence  # noqa: E402
@@ -36,7 +35,7 @@ from vision_r1_recipes import preflight  # noqa: E402
 from vision_r1_recipes.evaluate import REFLECTION, bucket_name, paired_difference, percent  # noqa: E402
 from vision_r1_recipes.ptst import num_rollouts  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
-from vision_r1_recipes.results import Evaluation, Run, by_label, load  # noqa: E402
+from vision_r1_recipes.results import Evaluation, Run, by_label, link, load, read_json  # noqa: E402
 
 
 SPENT = {"rollouts": "{:g} rollouts", "tokens": "{:,.0f} sampled tokens", "minutes": "{:.3g} minutes"}
@@ -82,14 +81,30 @@ def main_table(evaluations: Sequence[Evaluation]) -> str:
     rows = []
     for label, group in by_label(evaluations).items():
         summaries = [e.summary for e in group]
-        error = np.sqrt(sum(s["accuracy_se"] ** 2 for s in summaries)) / len(group)
+        questions = pooled(group)
+        error = np.std(questions["correct"]) / np.sqrt(len(questions)) if questions is not None else None
         accuracy, *shares, truncated = (
             spread(100 * s[key] for s in summaries) for key in ("accuracy", "hfrrf", "format_rate", "truncated")
         )
         mean, median = (spread((s[key] for s in summaries), form) for key, form in TOKENS)
-        rest = (truncated, len(group), sum(s["questions"] for s in summaries))
-        rows.append((label, accuracy, mean, f"± {percent(1.96 * error)}", *shares, median, *rest))
+        interval = "-" if error is None else f"± {percent(1.96 * error)}"
+        rest = (truncated, len(group), "-" if questions is None else len(questions))
+        rows.append((label, accuracy, mean, interval, *shares, median, *rest))
     return table((*header, "Questions"), rows)
+
+
+def pooled(group: Sequence[Evaluation]) -> pd.DataFrame | None:
+    """
+    The questions of all seeds: each once with its mean when the seeds were asked the same, else all of them. `None`
+    when the samples of one are gone.
+    """
+    samples = [e.samples for e in group]
+    if any(frame is None for frame in samples):
+        return None
+    keys = [key for key in ("id", "problem", "solution") if key in samples[0]]
+    if any(not frame[keys].equals(samples[0][keys]) for frame in samples):
+        return pd.concat(samples)
+    return samples[0][keys].assign(correct=np.mean([frame["correct"] for frame in samples], axis=0))
 
 
 def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[str, list[str]]:
@@ -99,13 +114,11 @@ def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[
     for label, group in groups.items():
         if label == baseline:
             continue
-        pairs = _pairs(group, groups[baseline])
         try:
-            if not pairs:
-                raise ValueError("no seed in common.")
-            if any(e.samples is None for pair in pairs for e in pair):
+            pairs = _pairs(group, groups[baseline])
+            ours, theirs = (pooled([pair[i] for pair in pairs]) for i in (0, 1))
+            if ours is None or theirs is None:
                 raise ValueError("samples.parquet is missing.")
-            ours, theirs = (pd.concat([pair[i].samples for pair in pairs]) for i in (0, 1))
             low, high = (100 * x for x in paired_difference(ours, theirs)[1:])
         except ValueError as error:
             notes.append(f"{label} minus {baseline}: {error}")
@@ -119,10 +132,17 @@ def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[
 
 
 def _pairs(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
-    if len(ours) == len(theirs) == 1:
-        return [(ours[0], theirs[0])]
+    """Pairs of one seed; a model that was not trained here has no seed and is one of every pair."""
+    for group, others in ((ours, theirs), (theirs, ours)):
+        if len(group) == 1 and group[0].seed is None:
+            return [(e, group[0]) if group is theirs else (group[0], e) for e in others]
     seeds = {e.seed: e for e in theirs}
-    return [(e, seeds[e.seed]) for e in ours if e.seed in seeds]
+    if None in seeds or len(seeds) < len(theirs) or len({e.seed for e in ours}) < len(ours):
+        raise ValueError("two evaluations of one label have the same seed or none: they can't be paired.")
+    pairs = [(e, seeds[e.seed]) for e in ours if e.seed in seeds]
+    if not pairs:
+        raise ValueError("no seed in common.")
+    return pairs
 
 
 def length_table(evaluations: Sequence[Evaluation]) -> str:
@@ -183,20 +203,22 @@ def run_table(runs: Sequence[Run]) -> str:
 
 
 def budget_table(runs: Sequence[Run]) -> str:
-    """Held-out accuracy during training where all runs have spent the same; empty without such evaluations."""
-    groups = {label: group for label, group in by_label(runs).items() if all(run.evaluations for run in group)}
-    if len(groups) < 2:
+    """Held-out accuracy in training where all runs have spent the same; empty without such evaluations. A run that
+    others go on from is no end point and is left out."""
+    passed = {id(run.parent) for run in runs}
+    groups = by_label(run for run in runs if run.evaluations and id(run) not in passed)
+    listed = [run for group in groups.values() for run in group if np.isfinite(run.spent("tokens")[-1])]
+    if len(groups) < 2 or not listed:
         return ""
-    listed = [run for group in groups.values() for run in group]
     budgets = {what: min(run.held_out(what)[0][-1] for run in listed) for what in SPENT}
     rows = []
     for label, group in groups.items():
         cells = []
         for what, budget in budgets.items():
             curves = [run.held_out(what) for run in group]
-            cells.append(spread(100 * np.interp(budget, at, y, left=np.nan) for at, y in curves if budget >= at[0]))
+            cells.append(spread(100 * np.interp(budget, at, y) for at, y in curves if at[0] <= budget <= at[-1]))
         rows.append((label, *cells, len(group)))
-    names = (f"{SPENT[what].format(budget)}" for what, budget in budgets.items())
+    names = (SPENT[what].format(budget) for what, budget in budgets.items())
     return table(("Held-out accuracy % at the same", *names, "Seeds"), rows)
 
 
@@ -217,6 +239,7 @@ def write(
     labels = list(dict.fromkeys(e.label for e in evaluations))
     if evaluations and baseline not in (None, *labels):
         raise RecipeError(f"`--baseline`: {baseline!r} is none of the evaluations: {', '.join(labels)}.")
+    link(runs)
     output_dir.mkdir(parents=True, exist_ok=True)
     drawn, more = figures.draw(runs, evaluations, output_dir)
     notes, main, sections = notes + more, [], []
@@ -275,8 +298,7 @@ def _provenance(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
     seeds = sorted({item.seed for item in (*runs, *evaluations) if item.seed is not None})
     kept = [e.summary["environment"] for e in evaluations if "environment" in e.summary]
     for run in runs:
-        path = run.path / "environment.json"
-        kept += [json.loads(path.read_text())] if path.is_file() else []
+        kept += filter(None, [read_json(run.path / "environment.json")])
     versions = {f"{name} {env['packages'][name]}" for env in kept for name in VERSIONS if env["packages"].get(name)}
     versions |= {f"commit {env['git_commit'][:7]}" for env in kept if env.get("git_commit")}
     parts = [f"seeds {', '.join(map(str, seeds))}" if seeds else "", ", ".join(sorted(versions))]
@@ -291,8 +313,8 @@ def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
     notes = [f"evaluated on {first['data']['path']}, split {first['data']['split']}, one sample each: {sampling}."]
     if any(len(group) > 1 for group in by_label(evaluations).values()):
         notes.append(
-            "± is the standard deviation over seeds; the 95 % are of the drawn questions, all seeds together, and do "
-            "not cover what another seed would train."
+            "± is the standard deviation over seeds; the 95 % are of the drawn questions, over the seeds given, and "
+            "do not cover what another seed would train."
         )
     for label, group in by_label(evaluations).items():
         found = {}

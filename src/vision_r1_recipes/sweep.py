@@ -12,14 +12,16 @@ A sweep is a YAML file with `base:` inheritance like a recipe's; any key can be 
   have `evaluate`, settings of its own.
 - `seeds`: every row is trained with each of them.
 - `root`, `output_dir`: a seed lives in a folder of its own. What the recipes have below `root` is for seed 1 below
-  `output_dir/seed-1`: outputs, data, and the start model that another row has made, which is trained first.
+  `output_dir/seed-1`: outputs, data, and the start model that another row has made, which is trained first. A model
+  from elsewhere is evaluated once.
 - `launch`, `num_processes`: the command before the script. `setup`: a command that is run once for each seed, with
   `{seed}` and `{root}`, the seed's folder.
 - `evaluate`: `data` and the options of `evaluate.py`.
 - `title`, `baseline` (the label that the others are compared with): for the report, in `output_dir/NAME-OF-THE-SWEEP`.
 
 What is finished is skipped, so that the same command goes on after an interruption; sweeps of one `output_dir` share
-their runs. A row that fails doesn't stop the others.
+their runs. A row that fails doesn't stop the others. A sweep that is killed with SIGKILL leaves its run, and the run
+its lock: the next sweep says so.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoints, recipe
-from .evaluate import evaluate
+from .evaluate import argument_parser, evaluate
 from .plan import plan
 from .preflight import kind_errors
 from .recipe import SCRIPTS, RecipeError
+from .results import read_json
 
 
 KEYS = {
@@ -60,7 +63,7 @@ class Unit:
     """One row at one seed."""
 
     label: str
-    seed: int
+    seed: int | None  # `None`: not trained here
     folder: Path  # of the run, or the model of a row that is only evaluated
     evaluation: Path
     evaluate: dict[str, Any]
@@ -68,6 +71,10 @@ class Unit:
     values: dict[str, Any] = field(default_factory=dict)  # the resolved recipe of this seed
     overrides: list[str] = field(default_factory=list)  # behind the recipe on the command line
     parent: Unit | None = None  # has made the start model
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}" if self.seed is None else f"seed {self.seed}, {self.label}"
 
     @property
     def level(self) -> int:
@@ -99,38 +106,61 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if key not in sweep and key not in OPTIONAL:
             problems.append(f"`{key}` is missing.")
-        elif key in sweep and not isinstance(sweep[key], kind):
-            problems.append(f"`{key}`: {sweep[key]!r} is not a value of type {kind.__name__}.")
+        elif key in sweep and (not isinstance(sweep[key], kind) or isinstance(sweep[key], bool) or not sweep[key]):
+            problems.append(f"`{key}`: {sweep[key]!r} is empty, or not a value of type {kind.__name__}.")
     if problems:
         raise RecipeError("\n".join(problems))
     options = inspect.signature(evaluate).parameters.keys() - {"model", "name", "output_dir"}
     problems += recipe.unknown_keys(sweep["evaluate"], options, "evaluate.")
     for i, row in enumerate(sweep["rows"]):
-        if not isinstance(row, dict) or "label" not in row or ("recipe" in row) == ("model" in row):
-            problems.append(f"rows[{i}]: {row!r} needs a `label`, and either a `recipe` or a `model`.")
+        named = isinstance(row, dict) and all(
+            isinstance(row.get(key, ""), str) for key in ("label", "recipe", "model")
+        )
+        if not named or "label" not in row or ("recipe" in row) == ("model" in row):
+            problems.append(
+                f"rows[{i}]: {row!r} needs a `label`, and either a `recipe` or a `model`, all of them text."
+            )
+        elif not isinstance(row.get("evaluate", {}), dict):
+            problems.append(f"rows[{i}].evaluate: {row['evaluate']!r} is not a value of type dict.")
         else:
             problems += recipe.unknown_keys(row, ROW_KEYS, f"rows[{i}].")
             problems += recipe.unknown_keys(row.get("evaluate", {}), options, f"rows[{i}].evaluate.")
-    labels = [row["label"] for row in sweep["rows"] if isinstance(row, dict) and "label" in row]
-    problems += [f"`rows`: the label {label!r} is used twice." for label in {x for x in labels if labels.count(x) > 1}]
-    if sweep.get("baseline", labels and labels[0]) not in labels:
-        problems.append(f"`baseline`: {sweep['baseline']!r} is none of the labels: {', '.join(labels)}.")
+    for key in ("launch", "setup"):
+        try:
+            sweep.get(key, "").format(seed=0, root="", num_processes=1)
+        except (KeyError, IndexError, ValueError) as error:
+            problems.append(f"`{key}`: {sweep[key]!r}: {error} in braces is none of seed, root, num_processes.")
+    if sweep["num_processes"] < 1:
+        problems.append(f"`num_processes`: {sweep['num_processes']}, needs at least 1.")
     wrong = [s for s in sweep["seeds"] if not isinstance(s, int) or isinstance(s, bool) or s < 0]
-    if wrong or not sweep["seeds"] or len(set(sweep["seeds"])) < len(sweep["seeds"]):
+    if wrong or len(set(sweep["seeds"])) < len(sweep["seeds"]):
         problems.append(f"`seeds`: {sweep['seeds']!r}: give different whole numbers of at least 0.")
     if "data" not in sweep["evaluate"]:
         problems.append("`evaluate` needs `data`, the questions.")
     if problems:
         raise RecipeError("\n".join(problems))
+    labels = [row["label"] for row in sweep["rows"]]
+    problems += [f"`rows`: the label {label!r} is used twice." for label in {x for x in labels if labels.count(x) > 1}]
+    if sweep.get("baseline", labels[0]) not in labels:
+        problems.append(f"`baseline`: {sweep['baseline']!r} is none of the labels: {', '.join(labels)}.")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    sweep["root"] = os.path.normpath(sweep["root"])
     return sweep
 
 
 def units(path: str | Path, sweep: dict[str, Any]) -> list[Unit]:
-    """All rows at all seeds, seed by seed, each after the row that makes its start model."""
-    found = []
+    """
+    All rows at all seeds, seed by seed, each after the row that makes its start model.
+
+    Raises:
+        `RecipeError`: rows that would write over each other, or that need each other in a circle.
+    """
+    found: list[Unit] = []
     for seed in sweep["seeds"]:
         home = Path(sweep["output_dir"], f"seed-{seed}")
         rows = [_unit(Path(path).parent, sweep, row, seed, home) for row in sweep["rows"]]
+        rows = [unit for unit in rows if unit.seed is not None or seed == sweep["seeds"][0]]
         makers: dict[Path, Unit] = {}
         for unit in rows:
             if unit.recipe and makers.setdefault(unit.folder, unit) is not unit:
@@ -140,7 +170,17 @@ def units(path: str | Path, sweep: dict[str, Any]) -> list[Unit]:
                 )
         for unit in rows:
             unit.parent = makers.get(Path(unit.values["model_name_or_path"] if unit.recipe else unit.folder))
+        for unit in rows:
+            chain = [unit]
+            while chain[-1].parent is not None and chain[-1].parent not in chain:
+                chain.append(chain[-1].parent)
+            if chain[-1].parent is not None:
+                raise RecipeError(f"`rows`: {' needs '.join(u.label for u in chain)} needs {chain[-1].parent.label}.")
         found += sorted(rows, key=lambda unit: unit.level)
+    places = [unit.evaluation for unit in found]
+    for unit in found:
+        if places.count(unit.evaluation) > 1:
+            raise RecipeError(f"`rows`: {unit.label} and another row would write to {unit.evaluation}: rename one.")
     return found
 
 
@@ -158,8 +198,10 @@ def _unit(folder: Path, sweep: dict[str, Any], row: dict[str, Any], seed: int, h
     settings = moved({**sweep["evaluate"], **own})
     if "model" in row:
         model = Path(moved(row["model"]))
-        place = home / "models" / model.name if not model.is_relative_to(home) else model
-        return Unit(row["label"], seed, model, place / name, settings)
+        if model.is_relative_to(home):
+            return Unit(row["label"], seed, model, model / name, settings)
+        place = home.parent / "models" / re.sub(r"[^\w.-]+", "_", row["model"]).strip("_")
+        return Unit(row["label"], None, model, place / name, settings)
     path = folder / row["recipe"]
     before = recipe.load(path)
     values = {**moved(before), "seed": seed}
@@ -168,6 +210,11 @@ def _unit(folder: Path, sweep: dict[str, Any], row: dict[str, Any], seed: int, h
         if value != before.get(key):
             overrides += [f"--{key}", _as_argument(value)]
     run = Path(values["output_dir"])
+    if not run.is_relative_to(home):
+        raise RecipeError(
+            f"{path}: `output_dir`: {before['output_dir']} is not below the sweep's `root`, {sweep['root']}: all "
+            "seeds would write there."
+        )
     return Unit(row["label"], seed, run, run / name, settings, path, values, overrides)
 
 
@@ -181,20 +228,59 @@ def _as_argument(value: Any) -> str:
 
 
 def check(sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
-    """Raise [`RecipeError`] with all that is wrong with any recipe, before the first is trained."""
+    """Raise [`RecipeError`] with all that is wrong with any recipe or evaluation, before the first is trained."""
     problems = []
     for unit in todo:
-        if unit.recipe and unit.seed == sweep["seeds"][0]:
-            found = plan([str(unit.recipe), *unit.overrides], sweep["num_processes"])[1]
+        first = unit.seed in (None, sweep["seeds"][0])
+        if first and unit.recipe:
+            origin = unit
+            while origin.parent is not None:
+                origin = origin.parent
+            start = ["--model_name_or_path", origin.values.get("model_name_or_path") or ""]
+            found = plan([str(unit.recipe), *unit.overrides, *start], sweep["num_processes"])[1]
             problems += [f"{unit.recipe}: {problem}" for problem in found]
-        if unit.recipe and unit.trained:
-            before = checkpoints.identity(recipe.load(unit.folder / "recipe.yaml"))
-            changed = checkpoints.changes(before, checkpoints.identity(unit.values))
-            if changed:
-                problems += [f"{unit.folder} holds another run, finished: move it away, or name another output_dir."]
-                problems += changed
+        parser = argument_parser()
+        parser.error = _refuse
+        try:
+            parser.parse_args(evaluate_command(unit)[3:])
+        except RecipeError as error:
+            problems.append(f"evaluation of {unit.label}: {error}")
+        start = Path(unit.values.get("model_name_or_path") or "") if unit.recipe else unit.folder
+        home = Path(sweep["output_dir"])
+        if start.is_relative_to(home) and unit.parent is None and not start.exists() and "setup" not in sweep:
+            problems.append(f"{unit.name} starts from {start}, which is not there: add the row that makes it.")
+        problems += _outdated(unit)
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+
+
+def _refuse(message: str) -> None:
+    raise RecipeError(message)
+
+
+def _outdated(unit: Unit) -> list[str]:
+    """What is finished with other settings than those of now."""
+    problems = []
+    if unit.recipe and unit.trained:
+        before = recipe.load(unit.folder / "recipe.yaml")
+        changed = checkpoints.changes(checkpoints.identity(before), checkpoints.identity(unit.values))
+        if not changed and before.get("stages") != unit.values.get("stages"):
+            changed = [f"`stages`: {before['stages']} before, {unit.values['stages']} now"]
+        if changed:
+            problems += [f"{unit.folder} holds another run, finished: move it away, or name another output_dir."]
+            problems += changed
+    summary = read_json(unit.evaluation / "summary.json")
+    if summary is not None:
+        edges = [bucket["up_to"] for bucket in summary["by_length"] if bucket["up_to"]]
+        sampling = summary["sampling"] if summary["sampling"]["do_sample"] else {"temperature": 0}
+        before = {**sampling, "split": summary["data"]["split"], "limit": summary["data"]["limit"]}
+        before |= {"data": summary["data"]["path"], "buckets": edges}
+        for key, now in unit.evaluate.items():
+            if key in before and before[key] != (sorted(set(now)) if key == "buckets" else now):
+                problems.append(
+                    f"{unit.evaluation} holds an evaluation with `{key}`: {before[key]!r}, now {now!r}: move it away."
+                )
+    return problems
 
 
 def train_command(sweep: dict[str, Any], unit: Unit) -> list[str]:
@@ -208,7 +294,7 @@ def evaluate_command(unit: Unit) -> list[str]:
     command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(unit.folder), str(unit.evaluate["data"])]
     options = {**unit.evaluate, "name": unit.label, "output_dir": str(unit.evaluation)}
     for key, value in options.items():
-        if key != "data":
+        if key != "data" and value is not None:
             command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return command
 
@@ -234,12 +320,15 @@ def run_unit(sweep: dict[str, Any], unit: Unit, place: str = "") -> None:
     Raises:
         `Failed`: one of them, or the row that makes the start model.
     """
-    said = f"{place}seed {unit.seed}, {unit.label}"
+    said = f"{place}{unit.name}"
     if unit.done:
         print(f"{said}: finished before", flush=True)
         return
     if unit.parent is not None and not unit.parent.trained:
         raise Failed(f"{said}: not begun, its start model is missing: {unit.parent.label} of this seed")
+    start = Path(unit.values.get("model_name_or_path") or "")
+    if not unit.trained and start.is_relative_to(sweep["output_dir"]) and not start.exists():
+        raise Failed(f"{said}: not begun, its start model {start} is not there: add the row that makes it")
     if not unit.trained:
         _call(train_command(sweep, unit), unit.folder, f"{said}: training")
         if not unit.trained:
@@ -256,7 +345,7 @@ def _call(command: list[str], folder: Path, said: str) -> None:
         try:
             # The child has the same open file: a sweep that was killed leaves its run, and the run the lock.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise Failed(f"{said}: at work already, from another sweep or one that was killed; see {log}") from None
         start = time.perf_counter()
         print(f"{said} ... ({log})", flush=True)
@@ -264,7 +353,12 @@ def _call(command: list[str], folder: Path, said: str) -> None:
         output.flush()
         try:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, pass_fds=(lock.fileno(),), env={**os.environ, "PATH": path}
+                command,
+                stdout=output,
+                stderr=output,
+                pass_fds=(lock.fileno(),),
+                env={**os.environ, "PATH": path},
+                start_new_session=True,  # a launcher may not hand signals on
             )
         except OSError as error:
             raise Failed(f"{said}: can't start {command[0]}: {error}") from error
@@ -272,7 +366,7 @@ def _call(command: list[str], folder: Path, said: str) -> None:
             code = process.wait()
         finally:
             if process.poll() is None:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
     if code:
         tail = re.split(r"[\n\r]", log.read_text(errors="replace").rstrip())[-15:]
@@ -285,7 +379,8 @@ def run_all(sweep: dict[str, Any], todo: Sequence[Unit]) -> int:
     failures = 0
     for i, unit in enumerate(todo):
         try:
-            run_setup(sweep, unit.seed)
+            if unit.seed is not None:
+                run_setup(sweep, unit.seed)
             run_unit(sweep, unit, f"[{i + 1}/{len(todo)}] ")
         except Failed as failure:
             failures += 1
@@ -299,8 +394,17 @@ def submit(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit], opt
 
     The arrays follow each other with `afterany`: a failed task stops those that need its model, and no others.
     """
-    this = [sys.executable, "-m", "vision_r1_recipes.sweep", *argv]
     name, previous = Path(argv[0]).stem, None
+    # The tasks are numbers of rows: they read the sweep as it is now, whatever becomes of its file meanwhile.
+    copy = Path(sweep["output_dir"], name, f"{name}.yaml")
+    rows = [
+        {**row, **({"recipe": str(Path(argv[0]).parent.resolve() / row["recipe"])} if "recipe" in row else {})}
+        for row in sweep["rows"]
+    ]
+    if not dry_run:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(recipe.dump({**sweep, "rows": rows}))
+    this = [sys.executable, "-m", "vision_r1_recipes.sweep", str(copy)]
 
     def sbatch(what: list[str], task: str, *more: str) -> str:
         command = ["sbatch", "--parsable", f"--job-name={name}", *shlex.split(options), *more]
@@ -329,15 +433,20 @@ def write_report(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit
     """The report of what there is."""
     from . import report, results
 
-    labels = [row["label"] for row in sweep["rows"]]
-    todo = sorted(todo, key=lambda unit: labels.index(unit.label))
     report.check_installed()
-    trained = [unit for unit in todo if "stages" in unit.values]
-    evaluated = [unit for unit in todo if (unit.evaluation / "summary.json").is_file()]
-    notes = [f"{unit.label}, seed {unit.seed}: no log yet." for unit in trained if not results.states(unit.folder)]
-    notes += [f"{unit.label}, seed {unit.seed}: not evaluated yet." for unit in todo if unit not in evaluated]
-    runs = [results.load_run(unit.label, unit.folder, unit.seed) for unit in trained if results.states(unit.folder)]
-    evaluations = [results.load_evaluation(unit.label, unit.evaluation, unit.seed) for unit in evaluated]
+    labels = [row["label"] for row in sweep["rows"]]
+    runs, evaluations, notes = [], [], []
+    for unit in sorted(todo, key=lambda unit: labels.index(unit.label)):
+        if "stages" in unit.values:
+            run = results.load_run(unit.label, unit.folder, unit.seed) if results.state(unit.folder) else None
+            if run and run.rows:
+                runs.append(run)
+            else:
+                notes.append(f"{unit.name}: no log yet.")
+        if (unit.evaluation / "summary.json").is_file():
+            evaluations.append(results.load_evaluation(unit.label, unit.evaluation, unit.seed))
+        else:
+            notes.append(f"{unit.name}: not evaluated yet.")
     home = Path(sweep["output_dir"], Path(argv[0]).stem)
     baseline = sweep.get("baseline") if any(e.label == sweep.get("baseline") for e in evaluations) else None
     print(report.write(runs, evaluations, notes, home, baseline, sweep.get("title", home.name)))
@@ -364,14 +473,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report_only:
         write_report(argv, sweep, todo)
         return 0
-    check(sweep, todo)
+    check(sweep, todo if args.task is None else [todo[args.task]])
     if args.slurm is not None:
         submit(argv, sweep, todo, args.slurm, args.dry_run)
         return 0
     if args.dry_run:
         for unit in todo:
-            print(f"# seed {unit.seed}, {unit.label}" + (": finished" if unit.done else ""))
-            print(*(shlex.join(c) for c in ([train_command(sweep, unit)] if unit.recipe else [])), sep="\n")
+            print(f"# {unit.name}" + (": finished" if unit.done else ""))
+            if unit.recipe:
+                print(shlex.join(train_command(sweep, unit)))
             print(shlex.join(evaluate_command(unit)))
         return 0
     if args.task is not None:
