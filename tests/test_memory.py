@@ -109,11 +109,11 @@ def test_gpus_beyond_the_kv_heads_hold_copies(config):
         **{"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True, "beta": 0.0},
         **{"gradient_checkpointing": True, "vllm_gpu_memory_utilization": 0.5},
     )
-    fits = []
+    fits, counts = [], memory.Model.of(config, ModelConfig(), False)
     for parallel in (1, 2, 4):  # the toy has 2 KV heads
         args.vllm_tensor_parallel_size = parallel
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory, "VisionGRPOConfig", SimpleNamespace)
-            text = "\n".join(memory.describe(config, ModelConfig(), args, [(1, 8, 8)], 1_000_000, 8))
+            text = "\n".join(memory.describe(counts, args, [(1, 8, 8)], 1_000_000, 8))
         fits.append(int(re.search(r"= ([\d,]+) sequences", text)[1].replace(",", "")))
     assert fits[1] == pytest.approx(2 * fits[0], abs=2) and fits[2] == pytest.approx(fits[1], abs=2)

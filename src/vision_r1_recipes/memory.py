@@ -34,6 +34,7 @@ class Model:
 
     parameters: int
     trained: int
+    adapter: bool  # trained as LoRA: the reference is the model without it
     layer: int  # of one decoder layer
     embedding: int
     layers: int
@@ -59,6 +60,7 @@ class Model:
         return cls(
             parameters=parameters,
             trained=trained,
+            adapter=model.use_peft,
             layer=sum(p.numel() for p in language.layers[0].parameters()),
             embedding=text.vocab_size * text.hidden_size,
             layers=text.num_hidden_layers,
@@ -100,8 +102,7 @@ def update(
 
 
 def describe(
-    config: PreTrainedConfig,
-    model_args: ModelConfig,
+    model: Model,
     args: VisionSFTConfig | VisionGRPOConfig,
     micro_batches: Sequence[tuple[int, int, int]],
     longest: int | None,
@@ -121,8 +122,7 @@ def describe(
             Of one GPU, in GB.
     """
     grpo = isinstance(args, VisionGRPOConfig)
-    model = Model.of(config, model_args, getattr(args, "freeze_vision", False))
-    held = states(model, world_size, zero_stage, grpo and args.beta != 0 and not model_args.use_peft)
+    held = states(model, world_size, zero_stage, grpo and args.beta != 0 and not model.adapter)
     passes = [update(model, *batch, args) for batch in micro_batches]
     worst = max(range(len(passes)), key=lambda i: sum(passes[i].values()))
     rows, prompt, completion = micro_batches[worst]

@@ -274,18 +274,18 @@ def _about_the_model(
             f"note: {model.model_name_or_path} is not here, its size, positions and heads were not checked: plan "
             "again with, for example, `--model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct`"
         ]
-    parameters = memory.Model.of(config, model, False).parameters
+    counts = memory.Model.of(config, model, getattr(args, "freeze_vision", False))
     origin = f", those of {model.model_name_or_path}, which it starts from" if name != model.model_name_or_path else ""
-    lines = [f"model: {parameters / 1e9:.3g} billion parameters{origin}"]
+    lines = [f"model: {counts.parameters / 1e9:.3g} billion parameters{origin}"]
     if model.use_peft:
         lines.append("checkpoints hold the adapter only")
     elif args.save_strategy != "no":
-        each = parameters * BYTES_PER_PARAMETER / 1e9
+        each = counts.parameters * BYTES_PER_PARAMETER / 1e9
         kept = f"{args.save_total_limit} kept, {each * (args.save_total_limit + 1):,.0f} GB while one is written"
         lines.append(
             f"checkpoint: {each:,.0f} GB with bf16 and DeepSpeed's fp32 master weights; "
             + (kept if args.save_total_limit else "all kept, no save_total_limit")
         )
     if micro_batches and model.dtype == "bfloat16":
-        lines += memory.describe(config, model, args, micro_batches, longest, world_size, zero_stage, gpu_memory)
+        lines += memory.describe(counts, args, micro_batches, longest, world_size, zero_stage, gpu_memory)
     return lines
