@@ -41,6 +41,12 @@ from vision_r1_recipes.results import Evaluation, Run, by_label, link, load, rea
 SPENT = {"rollouts": "{:g} rollouts", "tokens": "{:,.0f} sampled tokens", "minutes": "{:.3g} minutes"}
 TOKENS = (("mean_tokens", ".1f"), ("median_tokens", "g"))
 VERSIONS = ("trl", "transformers", "torch")
+TOKEN_IDS = {
+    "suppress_tokens",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+}  # a toy world has a tokenizer of its own
 SAME = ("data", "sampling")  # of two summaries, for their numbers to be comparable
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 1rem 3rem; color: #222 }
@@ -73,7 +79,8 @@ def spread(values: Iterable[float | None], form: str = ".1f") -> str:
     known = [value for value in values if value is not None and np.isfinite(value)]
     if not known:
         return "-"
-    return f"{np.mean(known):{form}}" + (f" ± {np.std(known, ddof=1):{form}}" if len(known) > 1 else "")
+    deviation = f" ± {np.std(known, ddof=1):{form.removeprefix('+')}}" if len(known) > 1 else ""
+    return f"{np.mean(known):{form}}{deviation}"
 
 
 def main_table(evaluations: Sequence[Evaluation]) -> str:
@@ -128,7 +135,7 @@ def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[
         interval = f"[{low:+.1f}, {high:+.1f}]"
         rows.append((label, spread(each, "+.1f"), spread(tokens, "+.1f"), interval, len(pairs)))
     header = (f"Minus {baseline}", "Accuracy, points", "Mean tokens", "95 %, accuracy", "Seeds")
-    return table(header, rows).replace("± +", "± ") if rows else "", notes
+    return table(header, rows) if rows else "", notes
 
 
 def _pairs(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
@@ -321,7 +328,7 @@ def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
         for e in group:
             for part in SAME:
                 ours, theirs = e.summary[part], first[part]
-                for key in ours:
+                for key in ours.keys() - TOKEN_IDS:
                     if ours[key] != theirs.get(key) and not (key == "path" and e.seed != evaluations[0].seed):
                         found[key] = f"{key} {_short(ours[key])} against {_short(theirs.get(key))}"
         if found:
