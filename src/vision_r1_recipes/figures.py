@@ -43,7 +43,10 @@ def draw(runs: Sequence[Run], evaluations: Sequence[Evaluation], folder: Path) -
         "accuracy": _figure(folder / "accuracy.png", runs, colours, lambda axis: _reward(axis, runs, colours, logged)),
         "held_out": _figure(folder / "held_out.png", held_out, colours, lambda a: _held_out(a, held_out, colours)),
         "tokens": _figure(
-            folder / "tokens.png", runs, colours, lambda axis: _tokens(axis, runs, evaluations, colours)
+            folder / "tokens.png",
+            runs and [*runs, *evaluations],
+            colours,
+            lambda axis: _tokens(axis, runs, evaluations, colours),
         ),
         "buckets": _figure(
             folder / "buckets.png", evaluations, colours, lambda axis: notes.extend(_bars(axis, evaluations, colours))
@@ -80,7 +83,7 @@ def _curve(axis, x: Sequence[np.ndarray], y: Sequence[np.ndarray], colour: str, 
     values = np.array([np.interp(grid, at, line) for at, line in zip(x, lines, strict=True)])
     axis.plot(grid, values.mean(axis=0), color=colour, linewidth=1.6, **style)
     if len(x) > 1:
-        axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, linewidth=0)
 
 
 def _over_rollouts(axis, runs: Sequence[Run], key: str, colours: dict[str, str]) -> None:
