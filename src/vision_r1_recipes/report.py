@@ -51,7 +51,7 @@ SAME = ("data", "sampling")  # of two summaries, for their numbers to be compara
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 1rem 3rem; color: #222 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem }
-img { max-width: 100%; height: auto } .table { overflow-x: auto }
+img { max-width: 100%; height: auto } .table { overflow-x: auto; margin: 1.5rem 0 }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal;
