@@ -45,7 +45,7 @@ def test_cold_start_then_ptst(tmp_path, monkeypatch):
         [
             *(str(ROOT / "recipes/toy/ptst.yaml"), "--model_name_or_path", str(tmp_path / "cold_start")),
             *("--datasets", json.dumps([{"path": str(tmp_path / "rl")}]), "--stages", json.dumps(stages)),
-            *("--output_dir", str(tmp_path / "ptst")),
+            *("--output_dir", str(tmp_path / "ptst"), "--eval_datasets", "null", "--eval_every_rollouts", "null"),
         ]
     )
     rows = history(tmp_path / "ptst")

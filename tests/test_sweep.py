@@ -272,7 +272,7 @@ def test_a_row_that_fails_stops_only_those_that_need_it(home):
     assert "PTST: not begun, its start model is missing: CI of this seed" in error
     assert "4 of 5 rows failed" in error and "untrained: evaluation: " in out
     text = (home / "out/t/report.md").read_text()
-    assert "PTST, seed 3: no log yet" in text and "CI, seed 3: not evaluated yet" in text and "| untrained |" in text
+    assert "seed 3, PTST: no log yet" in text and "seed 3, CI: not evaluated yet" in text and "| untrained |" in text
 
 
 @pytest.mark.full

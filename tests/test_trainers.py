@@ -46,6 +46,7 @@ def recipes(toy, tmp_path_factory):
         "base": str(RECIPES / "toy/ptst.yaml"),
         "model_name_or_path": str(toy / "model"),
         "datasets": [{"path": str(toy / "rl"), "limit": 10}],
+        **{"eval_datasets": None, "eval_every_rollouts": None},
         "stages": STAGES,
         "prompts_per_rollout": 4,
         "prompts_per_update": 2,
