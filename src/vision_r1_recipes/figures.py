@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from .evaluate import REFLECTION, bucket_name
-from .results import Evaluation, Run, by_label
+from .results import Evaluation, Run, buckets, by_label
 
 
 # Okabe and Ito's, which the colour-blind can tell apart, then more for long tables.
@@ -100,8 +100,7 @@ def _length(axis, runs: Sequence[Run], colours: dict[str, str]) -> None:
     top = axis.get_ylim()[1]
     for label, group in by_label(runs).items():
         stages = group[0].stages
-        edges = np.cumsum([0, *(stage.steps for stage in stages)]) + group[0].spent("rollouts")[0]
-        edges = edges - group[0].column("rollout")[0]
+        edges = np.cumsum([0, *(stage.steps for stage in stages)]) + group[0].before("rollouts")
         caps = [stage.max_completion_length for stage in stages]
         if caps:
             axis.stairs(caps, edges, baseline=None, color=colours[label], linestyle="--", linewidth=1, alpha=0.7)
@@ -164,14 +163,10 @@ def _bars(axis, evaluations: Sequence[Evaluation], colours: dict[str, str]) -> l
     groups = by_label(drawn).items()
     width = 0.84 / len(groups)
     for i, (label, group) in enumerate(groups):
-        for j in range(len(names)):
-            buckets = [e.summary["by_length"][j] for e in group]
-            questions = sum(bucket["questions"] for bucket in buckets)
-            right = sum((bucket["accuracy"] or 0) * bucket["questions"] for bucket in buckets)
+        for j, (accuracy, questions) in enumerate(buckets(group).values()):
             at = j + (i - (len(groups) - 1) / 2) * width
-            if not questions:
+            if accuracy is None:
                 continue
-            accuracy = right / questions
             axis.bar(at, accuracy, 0.92 * width, color=colours[label])
             low, high = _wilson(accuracy, questions)
             axis.vlines(at, low, high, color="0.25", linewidth=0.8)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -70,8 +71,11 @@ def plan(
     title = f"{argv[0]} on {world_size} process(es)" + (f" and {serving} GPU(s) of a vLLM server" if serving else "")
     if instances is None or getattr(instances[1], "stages", instances[1]) is None:
         return f"{title}: can't be run", problems
+    data, args, model = instances
+    name = recipe.get("model_name_or_path")
+    about = partial(_about_the_model, name, model, args, world_size, zero_stage, gpu_memory)
     describe = _grpo if config_class is VisionGRPOConfig else _sft
-    lines = describe(*instances, world_size, recipe.get("model_name_or_path"), zero_stage, gpu_memory)
+    lines = describe(data, args, name, world_size, about)
     if seconds_per_rollout and config_class is VisionGRPOConfig:
         hours = seconds_per_rollout * num_rollouts(parse_stages(instances[1].stages)) / 3600
         lines.append(
@@ -85,6 +89,8 @@ def start_model(path: str, name: str | None) -> str | None:
     The model at the beginning of the chain that makes `name`, a run's output that is not here yet: its maker is
     looked for among the recipes beside the one at `path` and one folder up. `None` when there is nothing to find.
     """
+    if name is None or model_config(name) is not None:
+        return None
     folder = Path(path).resolve().parent
     made_from: dict[str, str | None] = {}
     for file in (file for place in (folder, folder.parent) for file in place.glob("*.yaml")):
@@ -109,13 +115,7 @@ def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[tu
 
 
 def _sft(
-    data: DataArguments,
-    args: VisionSFTConfig,
-    model: ModelConfig,
-    world_size: int,
-    name: str | None,
-    zero_stage: int,
-    gpu_memory: float,
+    data: DataArguments, args: VisionSFTConfig, name: str | None, world_size: int, about: Callable[..., list[str]]
 ) -> list[str]:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     return [
@@ -124,24 +124,12 @@ def _sft(
         f"{args.gradient_accumulation_steps} micro-steps x {world_size} processes; longest row {args.max_length} "
         f"tokens; {args.num_train_epochs:g} epochs",
         *_about_the_data(data, None, None),
-        *_about_the_model(
-            name,
-            model,
-            args,
-            [(args.per_device_train_batch_size, 0, args.max_length)] if args.max_length else [],
-            *(None, world_size, zero_stage, gpu_memory),
-        ),
+        *about([(args.per_device_train_batch_size, 0, args.max_length)] if args.max_length else []),
     ]
 
 
 def _grpo(
-    data: DataArguments,
-    args: VisionGRPOConfig,
-    model: ModelConfig,
-    world_size: int,
-    name: str | None,
-    zero_stage: int,
-    gpu_memory: float,
+    data: DataArguments, args: VisionGRPOConfig, name: str | None, world_size: int, about: Callable[..., list[str]]
 ) -> list[str]:
     stages = parse_stages(args.stages)
     numbers, _ = batch_arithmetic(
@@ -196,12 +184,8 @@ def _grpo(
         f"longest sequence {longest or 'unbounded (no max_prompt_length)'} tokens"
         + (f", vllm_max_model_length {args.vllm_max_model_length}" if args.use_vllm else ""),
         *_about_the_data(data, prompts, args.prompts_per_rollout // world_size),
-        *_about_the_model(
-            name,
-            model,
-            args,
-            [(n, prompt or 0, s.max_completion_length) for n, s in zip(micro_batches, stages, strict=True)],
-            *(longest, world_size, zero_stage, gpu_memory),
+        *about(
+            [(n, prompt or 0, s.max_completion_length) for n, s in zip(micro_batches, stages, strict=True)], longest
         ),
     ]
     if args.use_vllm and args.vllm_mode == "server":
@@ -262,11 +246,11 @@ def _about_the_model(
     name: str | None,
     model: ModelConfig,
     args: VisionSFTConfig | VisionGRPOConfig,
-    micro_batches: Sequence[tuple[int, int, int]],
-    longest: int | None,
     world_size: int,
     zero_stage: int,
     gpu_memory: float,
+    micro_batches: Sequence[tuple[int, int, int]],
+    longest: int | None = None,
 ) -> list[str]:
     config = model_config(model.model_name_or_path)
     if config is None:

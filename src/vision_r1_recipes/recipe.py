@@ -271,7 +271,7 @@ def _instances(recipe: dict[str, Any], dataclass_types: Sequence[type]) -> tuple
 
     parser = TrlParser(dataclass_types)
     parser.set_defaults_with_config(**recipe)
-    parser.error = _refuse  # argparse would print some hundred lines of usage before its message
+    parser.error = refuse  # argparse would print some hundred lines of usage before its message
     return parser.parse_args_into_dataclasses(args=[])
 
 
@@ -285,7 +285,8 @@ def _refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
             )
 
 
-def _refuse(message: str) -> None:
+def refuse(message: str) -> None:
+    """Stands for argparse's `error`, which would print its usage and exit."""
     raise RecipeError(message)
 
 

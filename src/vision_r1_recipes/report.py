@@ -35,7 +35,7 @@ from vision_r1_recipes import preflight  # noqa: E402
 from vision_r1_recipes.evaluate import REFLECTION, bucket_name, paired_difference, percent  # noqa: E402
 from vision_r1_recipes.ptst import num_rollouts  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
-from vision_r1_recipes.results import Evaluation, Run, by_label, link, load, read_json  # noqa: E402
+from vision_r1_recipes.results import Evaluation, Run, buckets, by_label, link, load, read_json  # noqa: E402
 
 
 SPENT = {"rollouts": "{:g} rollouts", "tokens": "{:,.0f} sampled tokens", "minutes": "{:.3g} minutes"}
@@ -156,21 +156,10 @@ def length_table(evaluations: Sequence[Evaluation]) -> str:
     names = list(dict.fromkeys(bucket_name(b) for e in evaluations for b in e.summary["by_length"]))
     rows = []
     for label, group in by_label(evaluations).items():
-        pooled = _buckets(group)
-        cells = (f"{percent(pooled[n][0])} of {pooled[n][1]}" if n in pooled else "" for n in names)
+        found = buckets(group)
+        cells = (f"{percent(found[n][0])} of {found[n][1]}" if n in found else "" for n in names)
         rows.append((label, *cells))
     return table(("Accuracy % by tokens", *names), rows)
-
-
-def _buckets(group: Sequence[Evaluation]) -> dict[str, tuple[float | None, int]]:
-    """Accuracy and number of questions of each length bucket, all seeds together."""
-    right: dict[str, float] = {}
-    questions: dict[str, int] = {}
-    for bucket in (bucket for e in group for bucket in e.summary["by_length"]):
-        name = bucket_name(bucket)
-        right[name] = right.get(name, 0) + (bucket["accuracy"] or 0) * bucket["questions"]
-        questions[name] = questions.get(name, 0) + bucket["questions"]
-    return {name: (right[name] / n if n else None, n) for name, n in questions.items()}
 
 
 def reflection_table(evaluations: Sequence[Evaluation]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from . import recipe
+from .evaluate import bucket_name
 from .ptst import Stage, parse_stages, stage_at
 from .recipe import RecipeError
 
@@ -38,8 +39,11 @@ class Run:
         `"rollouts"`, `"tokens"` (sampled ones) or `"minutes"` (of training steps) up to each row, those of the run
         that made the start model included. A row that stands for several rollouts holds their means.
         """
-        before = self.parent.spent(what)[-1] if self.parent else 0.0
-        return before + self._own(what)
+        return self.before(what) + self._own(what)
+
+    def before(self, what: str) -> float:
+        """What the run that made the start model had spent."""
+        return self.parent.spent(what)[-1] if self.parent else 0.0
 
     def _own(self, what: str) -> np.ndarray:
         rollouts = self.column("rollout")
@@ -58,9 +62,8 @@ class Run:
         """What was spent and the accuracy on held-out questions, at each evaluation during training."""
         at = np.array([row["rollout"] for row in self.evaluations], dtype=float)
         accuracy = np.array([row.get("eval_accuracy_rate", np.nan) for row in self.evaluations], dtype=float)
-        before = self.spent(what)[-1] - self._own(what)[-1]
         own = np.interp(at, np.append(0, self._own("rollouts")), np.append(0, self._own(what)))
-        return before + own, accuracy
+        return self.before(what) + own, accuracy
 
 
 @dataclass
@@ -88,6 +91,17 @@ def by_label(items: Iterable[Any]) -> dict[str, list[Any]]:
     for item in items:
         groups.setdefault(item.label, []).append(item)
     return groups
+
+
+def buckets(group: Sequence[Evaluation]) -> dict[str, tuple[float | None, int]]:
+    """Accuracy (`None` without questions) and number of questions of each length bucket, all seeds together."""
+    right: dict[str, float] = {}
+    questions: dict[str, int] = {}
+    for bucket in (bucket for e in group for bucket in e.summary["by_length"]):
+        name = bucket_name(bucket)
+        right[name] = right.get(name, 0) + (bucket["accuracy"] or 0) * bucket["questions"]
+        questions[name] = questions.get(name, 0) + bucket["questions"]
+    return {name: (right[name] / n if n else None, n) for name, n in questions.items()}
 
 
 def load(arguments: Iterable[str]) -> tuple[list[Run], list[Evaluation], list[str]]:

@@ -42,10 +42,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, recipe
+from . import checkpoints, preflight, recipe
 from .evaluate import argument_parser, evaluate
 from .plan import plan
-from .preflight import kind_errors
 from .recipe import SCRIPTS, RecipeError
 from .results import read_json
 
@@ -74,7 +73,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"{self.label}" if self.seed is None else f"seed {self.seed}, {self.label}"
+        return self.label if self.seed is None else f"seed {self.seed}, {self.label}"
+
+    @property
+    def start(self) -> Path:
+        """The model that it begins with."""
+        return Path(self.values.get("model_name_or_path") or "") if self.recipe else self.folder
 
     @property
     def level(self) -> int:
@@ -108,8 +112,7 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
             problems.append(f"`{key}` is missing.")
         elif key in sweep and (not isinstance(sweep[key], kind) or isinstance(sweep[key], bool) or not sweep[key]):
             problems.append(f"`{key}`: {sweep[key]!r} is empty, or not a value of type {kind.__name__}.")
-    if problems:
-        raise RecipeError("\n".join(problems))
+    preflight.check(problems)
     options = inspect.signature(evaluate).parameters.keys() - {"model", "name", "output_dir"}
     problems += recipe.unknown_keys(sweep["evaluate"], options, "evaluate.")
     for i, row in enumerate(sweep["rows"]):
@@ -137,14 +140,12 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
         problems.append(f"`seeds`: {sweep['seeds']!r}: give different whole numbers of at least 0.")
     if "data" not in sweep["evaluate"]:
         problems.append("`evaluate` needs `data`, the questions.")
-    if problems:
-        raise RecipeError("\n".join(problems))
+    preflight.check(problems)
     labels = [row["label"] for row in sweep["rows"]]
     problems += [f"`rows`: the label {label!r} is used twice." for label in {x for x in labels if labels.count(x) > 1}]
     if sweep.get("baseline", labels[0]) not in labels:
         problems.append(f"`baseline`: {sweep['baseline']!r} is none of the labels: {', '.join(labels)}.")
-    if problems:
-        raise RecipeError("\n".join(problems))
+    preflight.check(problems)
     sweep["root"] = os.path.normpath(sweep["root"])
     return sweep
 
@@ -169,7 +170,7 @@ def units(path: str | Path, sweep: dict[str, Any]) -> list[Unit]:
                     "To evaluate one run twice, give the second row a `model` and `evaluate`."
                 )
         for unit in rows:
-            unit.parent = makers.get(Path(unit.values["model_name_or_path"] if unit.recipe else unit.folder))
+            unit.parent = makers.get(unit.start)
         for unit in rows:
             chain = [unit]
             while chain[-1].parent is not None and chain[-1].parent not in chain:
@@ -240,22 +241,20 @@ def check(sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
             found = plan([str(unit.recipe), *unit.overrides, *start], sweep["num_processes"])[1]
             problems += [f"{unit.recipe}: {problem}" for problem in found]
         parser = argument_parser()
-        parser.error = _refuse
+        parser.error = recipe.refuse
         try:
             parser.parse_args(evaluate_command(unit)[3:])
         except RecipeError as error:
             problems.append(f"evaluation of {unit.label}: {error}")
-        start = Path(unit.values.get("model_name_or_path") or "") if unit.recipe else unit.folder
-        home = Path(sweep["output_dir"])
-        if start.is_relative_to(home) and unit.parent is None and not start.exists() and "setup" not in sweep:
-            problems.append(f"{unit.name} starts from {start}, which is not there: add the row that makes it.")
+        if unit.parent is None and "setup" not in sweep and _is_missing(unit.start, sweep):
+            problems.append(f"{unit.name} starts from {unit.start}, which is not there: add the row that makes it.")
         problems += _outdated(unit)
-    if problems:
-        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    preflight.check(list(dict.fromkeys(problems)))
 
 
-def _refuse(message: str) -> None:
-    raise RecipeError(message)
+def _is_missing(model: Path, sweep: dict[str, Any]) -> bool:
+    """Whether `model` is one that the sweep should have made; any other may be a Hub id."""
+    return model.is_relative_to(sweep["output_dir"]) and not model.exists()
 
 
 def _outdated(unit: Unit) -> list[str]:
@@ -326,10 +325,9 @@ def run_unit(sweep: dict[str, Any], unit: Unit, place: str = "") -> None:
         return
     if unit.parent is not None and not unit.parent.trained:
         raise Failed(f"{said}: not begun, its start model is missing: {unit.parent.label} of this seed")
-    start = Path(unit.values.get("model_name_or_path") or "")
-    if not unit.trained and start.is_relative_to(sweep["output_dir"]) and not start.exists():
-        raise Failed(f"{said}: not begun, its start model {start} is not there: add the row that makes it")
     if not unit.trained:
+        if _is_missing(unit.start, sweep):
+            raise Failed(f"{said}: not begun, its start model {unit.start} is not there: add the row that makes it")
         _call(train_command(sweep, unit), unit.folder, f"{said}: training")
         if not unit.trained:
             raise Failed(f"{said}: ended without an error and is not finished; see {unit.folder}.log")
@@ -495,5 +493,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `finally` that ends a run
-    with kind_errors():
+    with preflight.kind_errors():
         sys.exit(main())
