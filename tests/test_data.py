@@ -463,3 +463,17 @@ def test_load_processor_refuses(toy, tmp_path):
         shutil.copy(toy / "model" / file, tmp_path)
     with pytest.raises(RecipeError, match="image processor"):
         load_processor(str(tmp_path))
+
+
+def test_a_folder_with_a_card_is_read_as_it_is_now(tmp_path):
+    """`datasets` caches such a folder by its name."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/*.parquet}\n---\n"
+
+    def answers(folder, *made):
+        parquet(folder / "data" / "train.parquet", [rl_row(answer=answer) for answer in made])
+        (folder / "README.md").write_text(card)
+        return data.open_source({"path": str(folder)}, "here")["answer"][:]
+
+    assert answers(tmp_path / "a" / "dataset", "1", "2") == ["1", "2"]
+    assert answers(tmp_path / "b" / "dataset", "3") == ["3"]
+    assert answers(tmp_path / "a" / "dataset", "4", "5") == ["4", "5"]

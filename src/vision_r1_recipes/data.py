@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
+from datasets.config import HF_DATASETS_CACHE
 from PIL import Image as PILImage
 from qwen_vl_utils import fetch_image, smart_resize
 from transformers import AutoProcessor, ProcessorMixin
@@ -283,7 +284,8 @@ def open_source(source: Mapping[str, Any], where: str) -> Dataset:
                 raise ValueError(f"{paths[0]} is not a .parquet, .json or .jsonl file")
             rows = load_dataset(BUILDERS[suffix], data_files={split.partition("[")[0]: paths}, split=split)
         else:
-            rows = load_dataset(source["path"], source.get("name"), data_files=files, split=split)
+            cache = str(Path(HF_DATASETS_CACHE, _content(path))) if path.is_dir() else None
+            rows = load_dataset(source["path"], source.get("name"), data_files=files, split=split, cache_dir=cache)
     except Exception as error:
         kinds = "a folder, a .parquet, .json or .jsonl file, or a Hub id that this machine can reach"
         hint = "" if path.exists() else f" There is no such path here; `path` must be {kinds}."
@@ -293,6 +295,18 @@ def open_source(source: Mapping[str, Any], where: str) -> Dataset:
     if source.get("limit") is not None:
         rows = rows.select(range(min(source["limit"], len(rows))))
     return rows
+
+
+def _content(folder: Path) -> str:
+    """
+    Changes with the data files of a folder and its place: with a dataset card in it, `datasets` goes by the name of
+    the folder alone, and would take the rows of another one, or of what was there before.
+    """
+    digest = hashlib.sha256(str(folder.absolute()).encode())
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (*BUILDERS, ".csv", ".arrow", ".md")):
+        stat = path.stat()
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns};".encode())
+    return digest.hexdigest()[:16]
 
 
 def _read(source: Mapping[str, Any], kind: str, where: str):
