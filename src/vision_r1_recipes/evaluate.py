@@ -10,9 +10,9 @@ Writes `summary.json` and `samples.parquet`. Per completion:
 - `truncated`: no end-of-turn token within `max_new_tokens`. A truncated completion has no answer: it is wrong, and its
   format too, whatever it says.
 - `format`: `rewards.parse_format` accepts it.
-- `correct`: `rewards.grade` accepts `answer`, which [`extract_answer`] finds whatever the format, so that a model that
-  answers directly ("12", "The answer is 12.") is measured fairly. `accuracy` is its mean; `hfrrf` is the mean of
-  `correct` and `format` together, the reward of the training.
+- `correct`: `rewards.grade` accepts `answer`, which `rewards.extract_answer` finds whatever the format, so that a
+  model that answers directly ("12", "The answer is 12.") is measured fairly. `accuracy` is its mean; `hfrrf` is the
+  mean of `correct` and `format` together, the reward of the training.
 - `tokens`: length with the end-of-turn token, as TRL logs it in training.
 """
 
@@ -48,7 +48,7 @@ from transformers.utils import find_adapter_config_file  # noqa: E402
 from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.data import MARKER, generation_prefix, load_processor, load_rows  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
-from vision_r1_recipes.rewards import grade, last_answer, parse_format  # noqa: E402
+from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
 
 # Self-reflection words of the paper's data table, in the forms that are counted.
@@ -59,29 +59,6 @@ REFLECTION = {
     "mistake": r"\bmistakes?\b",
     "check": r"\bcheck(?:s|ed|ing)?\b",
 }
-SHORT = 200  # characters; a longer text without tags that names no answer has none
-_BOXED = re.compile(r"\\boxed\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})")
-_STATED = re.compile(r"\banswer\s*(?:is|:)[\s:*]*(\S.*)", re.IGNORECASE)
-
-
-def extract_answer(text: str) -> str | None:
-    """
-    The final answer of a completion in any format, for [`rewards.grade`].
-
-    The last `<answer>` span; without one, in what follows the reasoning: the last `\\boxed{}`, else the rest of the
-    line after the last "answer is" or "answer:", else the whole text if it is short. `None` when there is no answer,
-    also when the reasoning or the answer was opened and never closed.
-    """
-    if tagged := last_answer(text):
-        return tagged
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text or "<answer>" in text:
-        return None
-    if boxed := _BOXED.findall(text):
-        return boxed[-1][1:-1].strip() or None
-    if stated := _STATED.findall(text):
-        return stated[-1].strip(" *") or None
-    return text.strip() or None if len(text) <= SHORT else None
 
 
 def judge(completion: str, solution: str, truncated: bool) -> dict[str, Any]:

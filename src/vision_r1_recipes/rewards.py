@@ -14,6 +14,7 @@ python -m vision_r1_recipes.rewards check DATA [--split train]   # every gold of
 ```
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 from .grading import check_gold, grade, grade_all
@@ -24,6 +25,9 @@ __all__ = ["accuracy_reward", "check_gold", "format_reward", "grade", "hfrrf", "
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
+SHORT = 200  # characters; a longer text without tags that names no answer has none
+_BOXED = re.compile(r"\\boxed\s*(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})")
+_STATED = re.compile(r"\banswer\s*(?:is|:)[\s:*]*(\S.*)", re.IGNORECASE)
 
 
 def parse_format(text: str) -> str | None:
@@ -123,6 +127,26 @@ def last_answer(text: str) -> str | None:
     end = text.rfind(TAGS[3])
     start = text.rfind(TAGS[2], 0, max(end, 0))
     return strip_prefix(text[start + len(TAGS[2]) : end]) or None if start >= 0 else None
+
+
+def extract_answer(text: str) -> str | None:
+    """
+    The final answer of a completion in any format, for [`grade`].
+
+    The last `<answer>` span; without one, in what follows the reasoning: the last `\\boxed{}`, else the rest of the
+    line after the last "answer is" or "answer:", else the whole text if it is short. `None` when there is no answer,
+    also when the reasoning or the answer was opened and never closed.
+    """
+    if tagged := last_answer(text):
+        return tagged
+    text = text.rpartition("</think>")[2]
+    if "<think>" in text or "<answer>" in text:
+        return None
+    if boxed := _BOXED.findall(text):
+        return boxed[-1][1:-1].strip() or None
+    if stated := _STATED.findall(text):
+        return stated[-1].strip(" *") or None
+    return text.strip() or None if len(text) <= SHORT else None
 
 
 def _texts(completions: list, prefixes: Sequence[str] | None) -> list[str]:
