@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,7 @@ def load_rows(
         raise RecipeError(f"`{name}` is empty: name at least one source, for example [{{path: runs/toy/data/rl}}].")
     parts = []
     for i, source in enumerate(sources):
-        rows, convert, folder = _read(source, kind, f"{name}[{i}]")
+        rows, convert, folder = read_source(source, kind, f"{name}[{i}]")
         if source.get("drop_reasoning"):
             if kind == "rl":
                 raise RecipeError(f"{name}[{i}]: `drop_reasoning`: an RL row has no reasoning. Remove it.")
@@ -309,22 +309,30 @@ def _content(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(source: Mapping[str, Any], kind: str, where: str):
-    """`(rows, converter, image folder)` of one source."""
+def read_source(source: Mapping[str, Any], kind: str, where: str) -> tuple[Dataset, Callable, str]:
+    """
+    `(rows, converter, image folder)` of one source: pictures undecoded, and a function from a row to `(turns before
+    the answer, answer, pictures)` that raises [`Drop`]. `kind` is `"rl"`, `"sft"`, or `"bridge"` for any of their
+    layouts.
+    """
     rows, path = open_source(source, where), Path(source["path"])
     columns = set(rows.column_names)
-    target = "solution" if kind == "rl" else "completion"
-    if kind == "rl" and {"images", "problem", "answer"} <= columns:
+    targets = {"rl": ("solution",), "sft": ("completion",), "bridge": ("solution", "completion")}[kind]
+    if kind != "sft" and {"images", "problem", "answer"} <= columns:
         convert = _from_geometry3k
-    elif kind == "sft" and "conversations" in columns and columns & {"image", "images"}:
+    elif kind != "rl" and "conversations" in columns and columns & {"image", "images"}:
         convert = _from_conversations
-    elif {"prompt", "images", target} <= columns:
+    elif {"prompt", "images"} <= columns and columns & set(targets):
         convert = _from_ready
     else:
-        expected = "images, problem, answer" if kind == "rl" else "conversations with image or images"
+        layouts = {
+            "rl": "images, problem, answer",
+            "sft": "conversations with image or images",
+            "bridge": "images, problem, answer, or conversations with image or images",
+        }
         raise RecipeError(
             f"{where}: {source['path']} has the columns {', '.join(sorted(columns))}; a run of kind {kind} needs "
-            f"{expected}, or prompt, images, {target}."
+            f"{layouts[kind]}, or prompt, images, {' or '.join(targets)}."
         )
     for column in columns & {"image", "images"}:
         feature = rows.features[column]
@@ -338,7 +346,7 @@ def _read(source: Mapping[str, Any], kind: str, where: str):
     return rows, convert, str(folder)
 
 
-class _Drop(Exception):
+class Drop(Exception):
     """Why a row can't be used: a reason to count by, and what to look at."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -348,7 +356,7 @@ class _Drop(Exception):
 def _from_geometry3k(row):
     answer = "" if row["answer"] is None else str(row["answer"])
     if not answer.strip():
-        raise _Drop("empty answer")
+        raise Drop("empty answer")
     return [("user", row["problem"] or "")], answer, _pictures(row["images"])
 
 
@@ -362,13 +370,13 @@ def _from_conversations(row):
     turns = []
     for turn in row["conversations"] or []:
         if turn["from"] not in ROLES:
-            raise _Drop("unknown role", f"from: {turn['from']!r}")
+            raise Drop("unknown role", f"from: {turn['from']!r}")
         turns.append((ROLES[turn["from"]], turn["value"] or ""))
     roles = [role for role, _ in turns if role != "system"]
     if roles != ["user", "assistant"]:
-        raise _Drop("not one question and one answer", f"turns: {', '.join(roles)}")
+        raise Drop("not one question and one answer", f"turns: {', '.join(roles)}")
     if not turns[-1][1].strip():
-        raise _Drop("empty answer")
+        raise Drop("empty answer")
     return turns[:-1], turns[-1][1], _pictures(row["images"] if row.get("images") is not None else row.get("image"))
 
 
@@ -376,7 +384,7 @@ def _without_reasoning(convert, row):
     turns, target, images = convert(row)
     target, count = re.subn(r"<think>.*?</think>", "<think> </think>", target, flags=re.DOTALL)
     if count != 1:
-        raise _Drop("no reasoning to leave out", f"{count} x <think> ... </think>")
+        raise Drop("no reasoning to leave out", f"{count} x <think> ... </think>")
     return turns, target, images
 
 
@@ -400,10 +408,10 @@ def _from_ready(row):
     else:
         completion = turns(row["completion"], "assistant")
         if len(completion) != 1:
-            raise _Drop("not one question and one answer", f"completion: {', '.join(role for role, _ in completion)}")
+            raise Drop("not one question and one answer", f"completion: {', '.join(role for role, _ in completion)}")
         target = completion[0][1]
     if not target.strip():
-        raise _Drop("empty answer")
+        raise Drop("empty answer")
     return prompt, target, _pictures(row["images"])
 
 
@@ -413,21 +421,21 @@ def _convert_row(row, index, convert, folder, kind, processor, bounds, system_pr
     try:
         turns, target, images = convert(row)
         if kind == "rl" and (reason := check_gold(target)):
-            raise _Drop("answer can't be graded", f"{target!r}: {reason}")
+            raise Drop("answer can't be graded", f"{target!r}: {reason}")
         if system_prompt is not None:
             turns = [("system", system_prompt), *(turn for turn in turns if turn[0] != "system")]
         markers = sum(text.count(MARKER) for _, text in turns)
         if not images:
-            raise _Drop("no image")
+            raise Drop("no image")
         if markers != len(images):
-            raise _Drop("image markers don't match the images", f"{markers} x {MARKER}, {len(images)} images")
+            raise Drop("image markers don't match the images", f"{markers} x {MARKER}, {len(images)} images")
         images = [_check_image(image, folder, bounds) for image in images]
         prompt = [{"role": role, "content": _parts(text)} for role, text in turns]
         completion = [{"role": "assistant", "content": [{"type": "text", "text": target}]}]
         tokens = _count_tokens(prompt + (completion if kind == "sft" else []), images, kind, processor, bounds)
         if max_length is not None and tokens > max_length:
-            raise _Drop("too many tokens", f"{tokens} tokens, the limit is {max_length}")
-    except _Drop as drop:
+            raise Drop("too many tokens", f"{tokens} tokens, the limit is {max_length}")
+    except Drop as drop:
         detail = f"{name}: {drop.detail}" if drop.detail else name
         return {"prompt": [], "images": [], "id": name, "tokens": 0, "dropped": drop.reason, "detail": detail, **empty}
     stored = [{"bytes": image["bytes"], "path": image["path"]} for image in images]
@@ -445,26 +453,31 @@ def _parts(text: str) -> list[dict[str, str | None]]:
     return parts
 
 
-def _check_image(image: Mapping[str, Any], folder: str, bounds: Mapping[str, int]) -> dict[str, Any]:
-    """The stored picture with its size after resizing; decodes it once, so that a run can't die on it later."""
+def open_image(image: Mapping[str, Any], folder: str) -> tuple[str | None, tuple[int, int]]:
+    """Absolute path (of a picture in a file) and `(width, height)`; decodes it: a run must not die on it later."""
     path = image["path"]
     if image["bytes"] is None:
         path = str(Path(folder, path or "").absolute())
         if not Path(path).is_file():
-            raise _Drop("missing image", path)
+            raise Drop("missing image", path)
     try:
         with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else path) as picture:
             picture.load()
-            width, height = picture.size
+            return path, picture.size
     except Exception as error:
-        raise _Drop("broken image", f"{path or 'embedded'}: {error}") from error
+        raise Drop("broken image", f"{path or 'embedded'}: {error}") from error
+
+
+def _check_image(image: Mapping[str, Any], folder: str, bounds: Mapping[str, int]) -> dict[str, Any]:
+    """The stored picture with its size after resizing."""
+    path, (width, height) = open_image(image, folder)
     try:
         for _ in range(2):  # once when the row is read, once in the processor
             height, width = smart_resize(height, width, **bounds)
             if not height * width:  # the rule rounds the short side of a thin picture down to nothing
                 raise ValueError(f"too thin for {bounds['max_pixels']} pixels")
     except ValueError as error:
-        raise _Drop("impossible image size", f"{path or 'embedded'}: {error}") from error
+        raise Drop("impossible image size", f"{path or 'embedded'}: {error}") from error
     return {"bytes": image["bytes"], "path": path, "height": height, "width": width}
 
 
@@ -489,7 +502,7 @@ def generation_prefix(processor: ProcessorMixin, **template_kwargs) -> str:
 def _count_tokens(messages, images, kind, processor, bounds) -> int:
     text = processor.apply_chat_template(_without_nulls(messages), tokenize=False, add_generation_prompt=kind == "rl")
     if text.count(processor.image_token) != len(images):
-        raise _Drop("image markers don't match the images", f"the text holds the model's own {processor.image_token}")
+        raise Drop("image markers don't match the images", f"the text holds the model's own {processor.image_token}")
     in_pictures = sum(image["height"] * image["width"] // bounds["factor"] ** 2 - 1 for image in images)
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + in_pictures
 

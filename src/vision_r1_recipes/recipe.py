@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,7 @@ PACKAGES = ("trl", "transformers", "accelerate", "datasets", "deepspeed", "peft"
 
 # Keys that only one of the entry points knows.
 SCRIPTS = {"grpo.py": ("stages", "prompts_per_rollout"), "sft.py": ("global_batch_size", "freeze_vision")}
+BRIDGE = ("mllm", "reasoner")
 
 # Keys whose values have to fit each other.
 ENTANGLED = (
@@ -202,6 +204,24 @@ def _settle(key: str, value: Any, hint: Any, choices: Iterable | None) -> tuple[
     return value, f"`{key}`: {value!r} is not a value of type {expected}.{fix}"
 
 
+def fill(kind: type, values: Any, where: str = "") -> Any:
+    """An instance of the dataclass `kind`; raises [`RecipeError`] with all unknown, missing and mistyped keys."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where.rstrip('.') or 'this'}: {values!r} must hold `key: value` lines.")
+    values, hints, problems = dict(values), get_type_hints(kind), unknown_keys(values, get_type_hints(kind), where)
+    for field in fields(kind):
+        if field.name in values:
+            values[field.name], problem = _settle(where + field.name, values[field.name], hints[field.name], None)
+            if problem is None and not _fits(values[field.name], hints[field.name]):
+                problem = f"`{where}{field.name}`: {values[field.name]!r} is not a value of type {hints[field.name]}."
+            problems += filter(None, [problem])
+        elif field.default is MISSING and field.default_factory is MISSING:
+            problems.append(f"`{where}{field.name}` is missing.")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return kind(**values)
+
+
 def parse(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple:
     """
     Parse an entry point's command line: `RECIPE [--key value ...]`, or TRL's `--config RECIPE [--key value ...]`.
@@ -242,7 +262,7 @@ def parse_all(argv: Sequence[str], dataclass_types: Sequence[type]) -> tuple[dic
         raise RecipeError("name a recipe first, for example: recipes/toy/ptst.yaml [--key value ...]")
     recipe = merge(load(path), parse_overrides(argv))
     actions = {action.dest: action for action in TrlParser(dataclass_types)._actions if action.dest != "help"}
-    _refuse_other_kind(recipe, actions)
+    refuse_other_kind(recipe, actions)
     hints = {key: hint for kind in dataclass_types for key, hint in get_type_hints(kind).items()}
     problems = unknown_keys(recipe, actions)
     right = {}
@@ -275,14 +295,14 @@ def _instances(recipe: dict[str, Any], dataclass_types: Sequence[type]) -> tuple
     return parser.parse_args_into_dataclasses(args=[])
 
 
-def _refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
-    for script, marks in SCRIPTS.items():
+def refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
+    """Raise [`RecipeError`] naming the entry point of a recipe that has no key of this one, but one of another."""
+    commands = {f"launch src/vision_r1_recipes/{script}": marks for script, marks in SCRIPTS.items()}
+    for command, marks in {**commands, "python -m vision_r1_recipes.bridge run RECIPE": BRIDGE}.items():
         found = [key for key in marks if key in recipe]
         if found and not set(found) & set(valid):
             named = ", ".join(f"`{key}`" for key in found)
-            raise RecipeError(
-                f"this is a recipe for {script} (it has {named}): launch src/vision_r1_recipes/{script}."
-            )
+            raise RecipeError(f"this recipe is another's (it has {named}): {command}.")
 
 
 def refuse(message: str) -> None:
