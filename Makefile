@@ -9,10 +9,11 @@ export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo tables test test-fast test-full test-vllm quality format clean
+.PHONY: help install demo tables bridge-demo test test-fast test-full test-vllm quality format clean
 help:
 	@echo "make demo       the whole of Vision-R1 in a toy world, on a CPU, in a quarter of an hour"
 	@echo "make tables     the paper's main and PTST tables in the toy world, three seeds, 90 minutes"
+	@echo "make bridge-demo  cold-start data by modality bridging in the toy world, five minutes"
 	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; make test-vllm: rollouts)"
 	@echo "make quality    lint and format check (make format: mend)"
 
@@ -29,6 +30,13 @@ demo: install
 tables: install
 	$(SWEEP) recipes/toy/table_main.yaml
 	$(SWEEP) recipes/toy/table_ptst.yaml
+
+# Needs the toy's base model: four minutes, once.
+bridge-demo: install
+	test -d runs/toy/data || $(BIN)/python -m vision_r1_recipes.toy runs/toy/data
+	. $(BIN)/activate && OMP_NUM_THREADS=1 accelerate launch --quiet --config_file recipes/accelerate/ddp.yaml \
+		--num_processes 2 src/vision_r1_recipes/sft.py recipes/toy/pretrain.yaml --resume_from_checkpoint auto
+	. $(BIN)/activate && python -W ignore -m vision_r1_recipes.bridge run recipes/toy/bridge.yaml
 
 test: install
 	$(BIN)/python -m pytest -m "not full"

@@ -17,7 +17,8 @@ from vision_r1_recipes.recipe import RecipeError, load, parse, parse_overrides
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if "accelerate" not in p.parts)
 SWEEPS = [p for p in FILES if p.stem.startswith("table")]
-RECIPES = [p for p in FILES if p not in SWEEPS]
+BRIDGES = [p for p in FILES if p.stem.startswith("bridge")]
+RECIPES = [p for p in FILES if p not in SWEEPS + BRIDGES]
 RUNS = [p for p in RECIPES if "base" not in p.parts]
 GRPO, SFT = (DataArguments, VisionGRPOConfig, ModelConfig), (DataArguments, VisionSFTConfig, ModelConfig)
 MINIMAL = """
@@ -432,7 +433,7 @@ def repeated(child, inherited, at=""):
             yield f"{at}{key}"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
+@pytest.mark.parametrize("path", RECIPES + BRIDGES, ids=name)
 def test_no_recipe_repeats_what_it_inherits(path):
     child = yaml.load(path.read_text(), Loader=recipe._Loader)
     inherited = load(path.parent / child["base"]) if "base" in child else {}
@@ -494,9 +495,27 @@ def test_every_recipe_has_its_row():
     rows = [line for line in text.splitlines() if line.startswith("| [")]
     linked = [re.match(r"\| \[([\w/]+)\]\(([\w/]+)\.yaml\)", row).groups() for row in rows]
     assert all(shown == file for shown, file in linked)
-    files = [name(path).removesuffix(".yaml") for path in RUNS + SWEEPS if path.stem != "table"]
+    files = [name(path).removesuffix(".yaml") for path in RUNS + SWEEPS + BRIDGES if path.stem != "table"]
     assert sorted(file for _, file in linked) == sorted(files)
     assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
+
+
+@pytest.mark.parametrize("path", BRIDGES, ids=name)
+def test_every_bridge_recipe_is_whole(path, monkeypatch):
+    from vision_r1_recipes.bridge.run import Run
+
+    monkeypatch.chdir(ROOT)
+    run = Run(load(path))
+    assert ("pseudo_cot" in run.prompts.templates) == ("no_pseudo_cot" not in path.stem)
+
+
+def test_a_recipe_of_another_kind_names_its_command(capsys):
+    from vision_r1_recipes.bridge.run import Run
+
+    with pytest.raises(RecipeError, match=r"it has `stages`.*launch src/vision_r1_recipes/grpo.py"):
+        Run(load(ROOT / "recipes" / "ptst.yaml"))
+    code, _, err = command(capsys, "plan", ROOT / "recipes" / "bridge.yaml")
+    assert code == 2 and "it has `mllm`, `reasoner`): python -m vision_r1_recipes.bridge run RECIPE" in err
 
 
 @pytest.mark.parametrize("path", [p for p in RUNS if "scale" in p.parts], ids=name)
@@ -515,11 +534,12 @@ BOOKKEEPING = {
     "remove_unused_columns",
 }
 BOOKKEEPING |= {"report_to", "logging_steps", "log_completions", "log_unique_prompts", "log_multimodal"}
+BOOKKEEPING |= {"mllm", "reasoner", "prompts", "rules"}  # a bridge's, tagged inside
 BOOKKEEPING |= {"num_completions_to_print", "stages"}  # every stage has its own line, and its own tag
 TAG = re.compile(r"\[(paper|repo|author|easyr1|llamafactory|ours)\]")
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if "toy" not in p.parts], ids=name)
+@pytest.mark.parametrize("path", [p for p in RECIPES + BRIDGES if "toy" not in p.parts], ids=name)
 def test_values_carry_their_source(path):
     lines = [line for line in path.read_text().splitlines() if re.match(r"(\w+:|  - \{)", line)]
     untagged = [line for line in lines if line.split(":")[0] not in BOOKKEEPING and not TAG.search(line)]

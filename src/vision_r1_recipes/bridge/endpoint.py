@@ -1,0 +1,315 @@
+"""One model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`, a hosted API."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from openai.types.chat import ChatCompletion
+from PIL import Image
+
+from ..recipe import RecipeError
+from .steps import UNANSWERED, Generation, Messages, Rejected
+
+
+BACK_OFF, MAX_BACK_OFF = 0.5, 60.0  # seconds
+POLL = 0.5  # seconds between two looks at a server that starts
+
+
+@dataclass
+class EndpointConfig:
+    """
+    The keys of `mllm` and `reasoner`.
+
+    Args:
+        model (`str`): The name that the server knows.
+        base_url (`str`): Of the API, up to and with `/v1`.
+        temperature (`float`), top_p (`float`), max_tokens (`int`):
+            Sampling. `max_tokens` covers reasoning and answer.
+        extra_body (`dict`, *optional*):
+            More fields of every request. A server may take what is not sent from the model's own generation_config,
+            a repetition penalty for one.
+        api_key_env (`str`, *optional*): Name of the environment variable with the key. Keys have no place in recipes.
+        concurrency (`int`, *optional*, defaults to 64): Requests at a time.
+        requests_per_minute (`int`, *optional*), tokens_per_minute (`int`, *optional*):
+            Limits; tokens are those of prompts and completions, known once a response is there.
+        timeout (`float`, *optional*, defaults to 1800): Seconds for one request.
+        max_retries (`int`, *optional*, defaults to 8): Of one request, while others succeed.
+        server_timeout (`float`, *optional*, defaults to 900):
+            Seconds without a single success until the server counts as gone; also to wait for `serve` to be ready.
+        serve (`str`, *optional*):
+            Command that starts the server; it is ended with the run. `{port}`, here and in `base_url`, is a free port,
+            `{model}` the model.
+    """
+
+    model: str
+    base_url: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    extra_body: dict = field(default_factory=dict)
+    api_key_env: str | None = None
+    concurrency: int = 64
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    timeout: float = 1800.0
+    max_retries: int = 8
+    server_timeout: float = 900.0
+    serve: str | None = None
+
+    def problems(self, where: str) -> list[str]:
+        url = urlsplit(self.base_url if self.serve is None else self.base_url.replace("{port}", "1"))
+        found = []
+        if url.scheme not in ("http", "https") or not url.hostname:
+            found.append(f"`{where}.base_url`: {self.base_url!r} is no URL, for example http://localhost:8000/v1.")
+        if url.password or url.username:
+            found.append(f"`{where}.base_url` holds a user or password: use `api_key_env`.")
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            found.append(f"`{where}.api_key_env`: {self.api_key_env} is not set in the environment.")
+        for name in ("max_tokens", "concurrency", "requests_per_minute", "tokens_per_minute", "timeout"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                found.append(f"`{where}.{name}`: {value}, needs to be over 0.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            found.append(
+                f"`{where}`: temperature {self.temperature}, top_p {self.top_p}: at least 0; over 0, up to 1."
+            )
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a response depends on; where it came from does not count."""
+        names = ("model", "temperature", "top_p", "max_tokens", "extra_body")
+        return {name: getattr(self, name) for name in names}
+
+
+class ServerGone(RecipeError):
+    """No request has succeeded for `server_timeout` seconds."""
+
+
+class _Budget:
+    """At most `per_minute` units a minute on average, and in any burst a tenth of it."""
+
+    def __init__(self, per_minute: float | None):
+        self.per_second = (per_minute or 0) / 60
+        self.burst = max(1.0, 6 * self.per_second)
+        self.left, self.at = self.burst, time.monotonic()
+
+    async def wait(self, spend: float) -> None:
+        """Wait until there is something left, and spend."""
+        while self.per_second:
+            now = time.monotonic()
+            self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_second), now
+            if self.left > 0:
+                break
+            await asyncio.sleep(-self.left / self.per_second + 0.01)
+        self.left -= spend
+
+
+class Endpoint:
+    """A client with bounded concurrency, limits, and retries on what may pass: 408, 409, 429, 5xx, lost connections,
+    time-outs, and responses that are none."""
+
+    def __init__(self, config: EndpointConfig):
+        self.config = config
+        self._key = os.environ.get(config.api_key_env or "", "")
+        self.client = openai.AsyncOpenAI(
+            base_url=config.base_url, api_key=self._key or "none", timeout=config.timeout, max_retries=0
+        )
+        self.slots = asyncio.Semaphore(config.concurrency)
+        self.requests, self.tokens = _Budget(config.requests_per_minute), _Budget(config.tokens_per_minute)
+        self.last_success = self.started = time.monotonic()
+        self.retries = self.used = 0  # `used`: tokens
+
+    async def generate(self, name: str, messages: Messages) -> tuple[Generation, float]:
+        """
+        One completion and the seconds that it took. `name` is sent as `X-Request-Id`, for the server's log.
+
+        Raises:
+            `Rejected`: the server refuses this request, or had `max_retries` tries at it while others succeeded.
+            `RecipeError`: it would refuse all: an unknown model, no permission.
+            `ServerGone`: it is down.
+        """
+        sent = await asyncio.to_thread(_with_pictures, messages)
+        begun, failures = time.monotonic(), 0
+        async with self.slots:
+            for attempt in range(10**9):
+                await self.requests.wait(1)
+                await self.tokens.wait(0)
+                tried = time.monotonic()
+                try:
+                    generation = self._parse(await self._send(name, sent))
+                except _Passing as failure:
+                    alive = self.last_success >= begun or failure.answered
+                    failures += alive
+                    begun_waiting = max(self.last_success, self.started)
+                    if failures > self.config.max_retries:
+                        raise Rejected(UNANSWERED, f"{name}: {failure}") from failure
+                    if not alive and time.monotonic() - begun_waiting > self.config.server_timeout:
+                        raise ServerGone(
+                            f"{self.config.base_url} has not answered for {self.config.server_timeout:g} s, the last "
+                            f"time: {failure}. Nothing is lost: start it, then run the same command again."
+                        ) from failure
+                    self.retries += 1
+                    pause = min(MAX_BACK_OFF, BACK_OFF * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
+                    await asyncio.sleep(max(pause, failure.retry_after))
+                    continue
+                now = self.last_success = time.monotonic()
+                tokens = generation.prompt_tokens + generation.completion_tokens
+                self.used += tokens
+                self.tokens.left -= tokens if self.tokens.per_second else 0
+                return generation, now - tried
+        raise AssertionError
+
+    async def _send(self, name: str, messages: Messages) -> Any:
+        config = self.config
+        try:
+            return await self.client.chat.completions.create(
+                model=config.model,
+                messages=messages,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_tokens=config.max_tokens,
+                extra_body=config.extra_body,
+                extra_headers={"X-Request-Id": name},
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            fix = f"Is {config.api_key_env} right?" if config.api_key_env else "Set `api_key_env`."
+            raise RecipeError(f"{config.base_url} refuses access: {self._clean(error)} {fix}") from None
+        except openai.NotFoundError as error:
+            raise RecipeError(
+                f"`model`: {config.base_url} has no {config.model}: {self._clean(error)}{await self._served()}"
+            ) from None
+        except openai.APIStatusError as error:
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                wait = error.response.headers.get("retry-after", "")
+                retry_after = float(wait) if wait.replace(".", "", 1).isdigit() else 0.0
+                raise _Passing(f"{error.status_code}: {self._clean(error)}", retry_after) from None
+            raise Rejected("request refused", f"{name}: {error.status_code}: {self._clean(error)}") from None
+        except openai.APIResponseValidationError as error:
+            raise _Passing(f"no valid response: {self._clean(error)}", answered=True) from None
+        except openai.APIConnectionError as error:
+            raise _Passing(self._clean(error.__cause__ or error)) from None
+        except ValueError as error:
+            raise _Passing(f"no valid JSON: {self._clean(error)}", answered=True) from None
+
+    def _parse(self, response: Any) -> Generation:
+        if not isinstance(response, ChatCompletion) or not response.choices:
+            raise _Passing("a response without choices", answered=True)
+        message, usage = response.choices[0].message, response.usage
+        if message is None:
+            raise _Passing("a choice without message", answered=True)
+        extra = message.model_extra or {}
+        return Generation.parse(
+            message.content or "",
+            extra.get("reasoning_content") or extra.get("reasoning"),
+            finish_reason=response.choices[0].finish_reason or "stop",
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            completion_tokens=usage.completion_tokens if usage else 0,
+        )
+
+    async def _served(self) -> str:
+        try:
+            return f" It serves {', '.join([model.id async for model in self.client.models.list()])}."
+        except openai.OpenAIError:
+            return ""
+
+    def _clean(self, error: Any) -> str:
+        """A message of one line without the key, which servers like to repeat."""
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _Passing(Exception):
+    """A failure that a later try may not have; `answered`: the server is there."""
+
+    def __init__(self, message: str, retry_after: float = 0.0, answered: bool = False):
+        super().__init__(message)
+        self.retry_after, self.answered = retry_after, answered
+
+
+def _with_pictures(messages: Messages) -> Messages:
+    """Pictures as data URLs, in their own bytes."""
+
+    def part(content: dict[str, Any]) -> dict[str, Any]:
+        if content["type"] != "image":
+            return content
+        data = content["image"]["bytes"]
+        if data is None:
+            data = Path(content["image"]["path"]).read_bytes()
+        mime = Image.MIME[Image.open(io.BytesIO(data)).format]
+        return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{base64.b64encode(data).decode()}"}}
+
+    return [
+        {**m, "content": m["content"] if isinstance(m["content"], str) else [part(c) for c in m["content"]]}
+        for m in messages
+    ]
+
+
+@contextlib.contextmanager
+def served(config: EndpointConfig, log: Path) -> Iterator[EndpointConfig]:
+    """
+    Start `config.serve`, if there is one, wait until it answers, and end it afterwards; it writes to `log`. `{port}`
+    in it and in `base_url` is a port that nobody uses; `{model}` in it is the model.
+    """
+    if config.serve is None:
+        yield config
+        return
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    command = config.serve.replace("{port}", str(port)).replace("{model}", config.model)
+    config = replace(config, base_url=config.base_url.replace("{port}", str(port)), serve=command)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        try:
+            process = subprocess.Popen(
+                shlex.split(config.serve), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            raise RecipeError(f"`serve`: {config.serve}: {error.strerror}.") from error
+    try:
+        deadline = time.monotonic() + config.server_timeout
+        while not _ready(config.base_url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = f"ended with code {process.returncode}" if process.returncode is not None else "is not ready"
+                last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RecipeError(f"`serve`: {config.serve} {said}. The end of {log}:\n{last}")
+            time.sleep(POLL)
+        yield config
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _ready(base_url: str) -> bool:
+    """vLLM, SGLang and `transformers serve` have `/health`; others list their models."""
+    for url in (base_url.rstrip("/").removesuffix("/v1") + "/health", base_url.rstrip("/") + "/models"):
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return True
+        except OSError as error:
+            code = getattr(error, "code", None)
+            if code != 404:
+                return code in (401, 403)
+    return False
