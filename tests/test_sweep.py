@@ -202,6 +202,37 @@ def test_a_broken_recipe_is_told_before_anything_runs(home):
     assert not (home / "out").exists()
 
 
+def test_nothing_to_report_leaves_a_report_alone(home):
+    (home / "out" / "t").mkdir(parents=True)
+    (home / "out" / "t" / "report.md").write_text("of yesterday")
+    with pytest.raises(RecipeError, match=r"nothing to report: no row has begun at `seeds` 99"):
+        sweep.main([str(home / "t.yaml"), "--seeds", "[99]", "--report_only"])
+    assert (home / "out" / "t" / "report.md").read_text() == "of yesterday"
+
+
+def test_a_row_without_a_folder_is_told(home):
+    text = (home / "cold.yaml").read_text().replace("cold_start.yaml", "base/sft.yaml")
+    (home / "cold.yaml").write_text(re.sub(r"(?m)^output_dir:.*\n", "", text))
+    with pytest.raises(RecipeError, match=r"cold.yaml: `output_dir` is missing"):
+        load(home / "t.yaml")
+
+
+def test_a_dry_run_prints_what_is_left(home, capsys):
+    setup = "--setup=python -m vision_r1_recipes.toy {root}/data --seed {seed}"
+    sweep.main([str(home / "t.yaml"), setup, "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    world = f"{home}/out/seed-3/data"
+    assert lines[:2] == ["# seed 3, setup", f"python -m vision_r1_recipes.toy {world} --seed 3"]
+    assert sum("grpo.py" in line or "sft.py" in line for line in lines) == 3
+    (home / "out" / "seed-3" / "data" / "model").mkdir(parents=True)
+    (home / "out" / "seed-3" / "setup.json").write_text("[]")
+    sweep.main([str(home / "t.yaml"), setup, "--dry_run"])
+    assert "# seed 3, setup" not in capsys.readouterr().out
+    # a world that is there makes no start model
+    with pytest.raises(RecipeError, match="add the row that makes it"):
+        sweep.main([str(home / "t.yaml"), setup, "--rows=[{label: CI, recipe: ptst.yaml}]", "--dry_run"])
+
+
 def test_slurm_arrays(home, capsys):
     sweep.main([str(home / "t.yaml"), "--seeds", "[3, 5]", "--slurm=--partition=gpu --time=1", "--dry_run"])
     lines = capsys.readouterr().out.splitlines()

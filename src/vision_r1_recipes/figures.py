@@ -81,7 +81,8 @@ def _curve(axis, x: Sequence[np.ndarray], y: Sequence[np.ndarray], colour: str, 
     grid = np.unique(np.concatenate(x))
     grid = grid[(grid >= start) & (grid <= end)]
     values = np.array([np.interp(grid, at, line) for at, line in zip(x, lines, strict=True)])
-    axis.plot(grid, values.mean(axis=0), color=colour, linewidth=1.6, **style)
+    width = 2.6 - 1.6 * COLOURS.index(colour) / len(COLOURS)  # what lies under another curve shows at its sides
+    axis.plot(grid, values.mean(axis=0), color=colour, linewidth=width, **style)
     if len(x) > 1:
         axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, linewidth=0)
 
@@ -146,15 +147,16 @@ def _tokens(axis, runs: Sequence[Run], evaluations: Sequence[Evaluation], colour
 
 
 def _stages(axis, runs: Sequence[Run]) -> None:
-    """Shade the stages of the run that has most of them."""
+    """Shade the stages of the run that has most of them, and name it."""
     staged = max(runs, key=lambda run: len(run.stages))
     edges = np.cumsum([0, *(stage.steps for stage in staged.stages)])
     for i, stage in enumerate(staged.stages):
         axis.axvspan(edges[i], edges[i + 1], color="0.5", alpha=0.06 if i % 2 == 0 else 0.16, linewidth=0, zorder=0)
         name = f"{stage.max_completion_length} x {stage.num_generations}"
-        name = f"stage 1 of {staged.label}: {name}" if i == 0 and len(staged.stages) < 3 else name
         middle, top = (edges[i] + edges[i + 1]) / 2, axis.get_xaxis_transform()
         axis.text(middle, 1.02, name, ha="center", transform=top, fontsize=7)
+    if staged.stages:
+        axis.set_title(f"shaded: the stages of {staged.label}", fontsize=7, loc="left", pad=14)
 
 
 def _bars(axis, evaluations: Sequence[Evaluation], colours: dict[str, str]) -> list[str]:

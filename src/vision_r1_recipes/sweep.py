@@ -110,8 +110,11 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if key not in sweep and key not in OPTIONAL:
             problems.append(f"`{key}` is missing.")
-        elif key in sweep and (not isinstance(sweep[key], kind) or isinstance(sweep[key], bool) or not sweep[key]):
-            problems.append(f"`{key}`: {sweep[key]!r} is empty, or not a value of type {kind.__name__}.")
+        elif key in sweep and (
+            not isinstance(sweep[key], kind) or isinstance(sweep[key], bool) or sweep[key] in ("", [], {})
+        ):
+            hint = f" Write [{sweep[key]}]." if kind is list and not isinstance(sweep[key], list) else ""
+            problems.append(f"`{key}`: {sweep[key]!r} is empty, or not a value of type {kind.__name__}.{hint}")
     preflight.check(problems)
     options = inspect.signature(evaluate).parameters.keys() - {"model", "name", "output_dir"}
     problems += recipe.unknown_keys(sweep["evaluate"], options, "evaluate.")
@@ -210,6 +213,8 @@ def _unit(folder: Path, sweep: dict[str, Any], row: dict[str, Any], seed: int, h
     for key, value in values.items():
         if value != before.get(key):
             overrides += [f"--{key}", _as_argument(value)]
+    if not isinstance(values.get("output_dir"), str):
+        raise RecipeError(f"{path}: `output_dir` is missing: name a folder of its own below {sweep['root']}.")
     run = Path(values["output_dir"])
     if not run.is_relative_to(home):
         raise RecipeError(
@@ -246,7 +251,8 @@ def check(sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
             parser.parse_args(evaluate_command(unit)[3:])
         except RecipeError as error:
             problems.append(f"evaluation of {unit.label}: {error}")
-        if unit.parent is None and "setup" not in sweep and _is_missing(unit.start, sweep):
+        made_by_setup = "setup" in sweep and not Path(sweep["output_dir"], f"seed-{unit.seed}", "setup.json").is_file()
+        if unit.parent is None and not made_by_setup and _is_missing(unit.start, sweep):
             problems.append(f"{unit.name} starts from {unit.start}, which is not there: add the row that makes it.")
         problems += _outdated(unit)
     preflight.check(list(dict.fromkeys(problems)))
@@ -298,16 +304,24 @@ def evaluate_command(unit: Unit) -> list[str]:
     return command
 
 
+def setup_command(sweep: dict[str, Any], seed: int) -> list[str]:
+    """What makes a seed's world, empty when it is there or needs nothing."""
+    home = Path(sweep["output_dir"], f"seed-{seed}")
+    if "setup" not in sweep or (home / "setup.json").is_file():
+        return []
+    return shlex.split(sweep["setup"].format(seed=seed, root=home))
+
+
 def run_setup(sweep: dict[str, Any], seed: int) -> None:
     home = Path(sweep["output_dir"], f"seed-{seed}")
     mark = home / "setup.json"
-    if "setup" not in sweep or mark.is_file():
+    command = setup_command(sweep, seed)
+    if not command:
         return
     home.mkdir(parents=True, exist_ok=True)
     with (home / "setup.wait").open("w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)  # the tasks of an array begin together
         if not mark.is_file():
-            command = shlex.split(sweep["setup"].format(seed=seed, root=home))
             _call(command, home / "setup", f"seed {seed}, setup")
             mark.write_text(json.dumps(command) + "\n")
 
@@ -427,6 +441,19 @@ def submit(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit], opt
     sbatch([*this, "--report_only"], "")
 
 
+def dry_run(sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
+    """Print the commands that are left, in their order."""
+    for seed in dict.fromkeys(unit.seed for unit in todo):
+        if seed is not None and (command := setup_command(sweep, seed)):
+            print(f"# seed {seed}, setup\n{shlex.join(command)}")
+        for unit in [unit for unit in todo if unit.seed == seed]:
+            print(f"# {unit.name}" + (": finished" if unit.done else ""))
+            if not unit.trained:
+                print(shlex.join(train_command(sweep, unit)))
+            if not unit.done:
+                print(shlex.join(evaluate_command(unit)))
+
+
 def write_report(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit]) -> None:
     """The report of what there is."""
     from . import report, results
@@ -445,6 +472,9 @@ def write_report(argv: Sequence[str], sweep: dict[str, Any], todo: Sequence[Unit
             evaluations.append(results.load_evaluation(unit.label, unit.evaluation, unit.seed))
         else:
             notes.append(f"{unit.name}: not evaluated yet.")
+    if not runs and not evaluations:
+        seeds = ", ".join(map(str, sweep["seeds"]))
+        raise RecipeError(f"nothing to report: no row has begun at `seeds` {seeds} in {sweep['output_dir']}.")
     home = Path(sweep["output_dir"], Path(argv[0]).stem)
     baseline = sweep.get("baseline") if any(e.label == sweep.get("baseline") for e in evaluations) else None
     print(report.write(runs, evaluations, notes, home, baseline, sweep.get("title", home.name)))
@@ -476,11 +506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         submit(argv, sweep, todo, args.slurm, args.dry_run)
         return 0
     if args.dry_run:
-        for unit in todo:
-            print(f"# {unit.name}" + (": finished" if unit.done else ""))
-            if unit.recipe:
-                print(shlex.join(train_command(sweep, unit)))
-            print(shlex.join(evaluate_command(unit)))
+        dry_run(sweep, todo)
         return 0
     if args.task is not None:
         return 1 if run_all(sweep, [todo[args.task]]) else 0
