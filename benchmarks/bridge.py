@@ -93,7 +93,8 @@ def ours(made: dict) -> float:
     job = run.Run(made)
     sources = Sources(job.config.datasets)
     begun = time.perf_counter()
-    run.run_rank(job, sources)
+    with job.journal() as journal:
+        run.work_rank(job, sources, journal)
     return time.perf_counter() - begun
 
 
@@ -193,11 +194,11 @@ def rules(count: int) -> None:
         rows.append((row, Generation(text, reasoning, finish_reason)))
     begun, kept, repaired = time.perf_counter(), 0, 0
     for row, generation in rows:
-        with contextlib.suppress(Rejected):
-            kept += 1
+        try:
             repaired += bool(finish(row, generation, checked)[1])
-            continue
-        kept -= 1
+            kept += 1
+        except Rejected:
+            pass
     print(f"{count:,} rows in {time.perf_counter() - begun:.1f} s: {kept:,} kept, {repaired:,} of them mended")
 
 

@@ -15,17 +15,21 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
 
 from test_data import cold, parquet, picture, rl_row, turns
 from vision_r1_recipes import recipe
 from vision_r1_recipes.bridge import Generation, Prompts, Rejected, Row, bridge
 from vision_r1_recipes.bridge import report as reports
 from vision_r1_recipes.bridge.__main__ import main
-from vision_r1_recipes.bridge.endpoint import Endpoint, EndpointConfig, ServerGone, _Budget
+from vision_r1_recipes.bridge.endpoint import Endpoint, EndpointConfig, ServerGone, _Budget, _Passing
 from vision_r1_recipes.bridge.journal import Journal
 from vision_r1_recipes.bridge.rows import Sources
 from vision_r1_recipes.bridge.rules import Rules, contradiction, doubled, final_answer, finish, repair
@@ -219,17 +223,29 @@ def test_the_final_form():
         (THOUGHT, "I would rather not say, because there is so much that one could say about it. " * 4, "no answer"),
         (THOUGHT, "Final Answer: 13", "wrong answer"),
         ("Twelve.", "Final Answer: 12", "too short"),
-        ("Word " * 10001, "Final Answer: 12", "too long"),
+        (" ".join(map(str, range(10001))), "Final Answer: 12", "too long"),
         (f"{THOUGHT} 所以答案是十二", "Final Answer: 12", "wrong language"),
         (f"{THOUGHT} {'Let me check that again. ' * 9}", "Final Answer: 12", "repetition"),
-        (f"{THOUGHT} But I can't see the image.", "Final Answer: 12", "missing information"),
-        (f"{THOUGHT} There is not enough information.", "Final Answer: 12", "missing information"),
+        (f"{THOUGHT} {'no ' * 400}", "Final Answer: 12", "repetition"),
+        (f"{THOUGHT} {'the side is three ' * 200}", "Final Answer: 12", "repetition"),
+        (f"But I can't see the image. {THOUGHT}", "Final Answer: 12", "missing information"),
+        (f"I don\u2019t have the image. {THOUGHT}", "Final Answer: 12", "missing information"),
+        (f"The description doesn't mention the side. {THOUGHT}", "Final Answer: 12", "missing information"),
         (f"{THOUGHT} The diagram isn't provided here.", "Final Answer: 12", "missing information"),
+        (f"{THOUGHT} There is not enough information.", "Final Answer: 12", "missing information"),
+        (THOUGHT, "I need more information.\nFinal Answer: 12", "missing information"),
         (f"{THOUGHT} So the answer is 14.", "Final Answer: 12", "contradiction"),
         (f"{THOUGHT} As the captions have it.", "Final Answer: 12", "names the text"),
         (f"{THOUGHT} In the image the description shows it.", "Final Answer: 12", "doubled words"),
         (f"{THOUGHT} The user wants the perimeter.", "Final Answer: 12", "names the text"),
+        (f"{THOUGHT} It fits the description of a square.", "Final Answer: 12", "names the text"),
+        (f"{THOUGHT} The sides are described as equal.", "Final Answer: 12", "names the text"),
+        (f"{THOUGHT} As per the description mentioned earlier.", "Final Answer: 12", "names the text"),
+        (f"{THOUGHT} According to the text, so it is.", "Final Answer: 12", "names the text"),
         (f"{THOUGHT} Indeed, the given answer is 12.", "Final Answer: 12", "names the answer"),
+        (f"{THOUGHT} The answer is given as 12.", "Final Answer: 12", "names the answer"),
+        (f"{THOUGHT} I was told the answer is 12.", "Final Answer: 12", "names the answer"),
+        (f"{THOUGHT} We know the answer is 12.", "Final Answer: 12", "names the answer"),
     ],
 )
 def test_every_rule_rejects(reasoning, text, rule):
@@ -245,6 +261,10 @@ def test_every_rule_rejects(reasoning, text, rule):
         "The height is not given, but it follows from the area.",
         "I need the length of the other side, which the figure marks as 3.",
         "So the answer is 12.",
+        "So the correct answer is 12, and the expected answer should be 12.",
+        "So the answer is 3 times 4, which is 12. The answer is 4 x 3 = 12.",
+        "Do I need more information? No. Without any additional information, assume it is regular.",
+        "The text above the bar says 12.",
         "The angle \u03b8 is \u03c0/2, and \u03b1 + \u03b2 = 90\u00b0.",
         "A circle circumscribes it, and the text on it reads 'exit'.",
     ],
@@ -262,7 +282,8 @@ def test_ordinary_reasoning_is_kept_as_it_is(sentence):
         ("From the text above, the side is 3.", "From the image, the side is 3."),
         ("The detailed description of the figure has it.", "The figure has it."),
         ("I know from the description the side.", "I know from the image the side."),
-        ("It is as described in the image.", "It is shown in the image."),
+        ("It is as described in the image.", "It is as shown in the image."),
+        ("The caption stated that it is 3.", "The image shows that it is 3."),
         ("The image description mentions a square.", "The image shows a square."),
     ],
 )
@@ -331,14 +352,33 @@ def test_repair_never_doubles_words_nor_changes_the_answer(text):
     assert bool(repairs) == (mended != reasoning)  # nothing is changed in silence
 
 
-def test_final_answers_are_found():
-    assert final_answer("**Final Answer:** B\n") == "B"
-    assert final_answer("Final Answer:\nB") == "B"
-    assert final_answer("The final answer: \\boxed{7}") == "\\boxed{7}"
-    assert final_answer("so \\boxed{7}.") == "7"
-    assert final_answer("Final Answer:") is None
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("**Final Answer:** B\n", "B"),
+        ("**Final Answer**: 12", "12"),
+        ("**Final Answer**\n12", "12"),
+        ("So it is.\n### Final Answer\n\n12 cm\n", "12 cm"),
+        ("Final Answer: \\boxed{7}", "\\boxed{7}"),
+        ("so \\boxed{7}.", "7"),
+        ("The answer is 7.", "7."),
+        ("Final Answer:", None),
+    ],
+)
+def test_final_answers_are_found(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_a_contradiction_is_between_answers_of_one_kind():
     assert contradiction("So the answer is B.", "C") == "B"
-    assert contradiction("So the answer is 5 or so.", "C") is None
+    assert contradiction("So the answer is 1,300.", "1200") == "1300"
+    for reasoning, answer in [
+        ("So the answer is 5 or so.", "12"),
+        ("So the answer is 5.", "C"),
+        ("So the answer is 1,200.", "1200"),
+        ("The answer is 5. No, the answer is 12.", "12"),
+    ]:
+        assert contradiction(reasoning, answer) is None
 
 
 def test_rules_with_faults_are_refused(tmp_path):
@@ -346,7 +386,8 @@ def test_rules_with_faults_are_refused(tmp_path):
     for text, said in [
         ("max_word: 3", "did you mean `max_words`"),
         ("names_the_text: ['(']", "names_the_text.*missing \\)"),
-        ("replace: [{pattern: a, with: '\\1'}]", "no group 1"),
+        ("replace: [{pattern: a, with: '\\1'}]", "invalid group reference"),
+        ("replace: [{pattern: a, with: '\\q'}]", "bad escape"),
         ("replace: [{pattern: a}]", "write {pattern"),
         ("min_words: many", "min_words.*not a value"),
     ]:
@@ -520,13 +561,26 @@ def test_a_run_is_not_gone_on_with_under_other_settings(finished_run, toy, tmp_p
         with pytest.raises(RecipeError, match=said):
             executed(folder, toy / "rl", "http://127.0.0.1:9/v1", **change)
     other = parquet(tmp_path / "other.parquet", [rl_row(answer=str(i)) for i in range(64)])
-    with pytest.raises(RecipeError, match="the source has changed"):
+    with pytest.raises(RecipeError, match="the sources have changed"):
         executed(folder, other, "http://127.0.0.1:9/v1")
 
 
+def test_a_refused_run_is_left_as_it_was(finished_run, toy):
+    before = {path: path.read_bytes() for path in finished_run.folder.glob("*.*")}
+    with pytest.raises(RecipeError, match="begun with other settings"):
+        executed(finished_run.folder, toy / "rl", "http://127.0.0.1:9/v1", reasoner={"model": "other"})
+    assert {path: path.read_bytes() for path in finished_run.folder.glob("*.*")} == before
+
+
+def test_shorter_sources_are_told(finished_run, toy, tmp_path):
+    shutil.copytree(finished_run.folder, tmp_path / "run")
+    with pytest.raises(RecipeError, match="shorter than when it was begun"):
+        executed(tmp_path / "run", {"path": str(toy / "rl"), "limit": 5}, "http://127.0.0.1:9/v1")
+
+
 def test_two_processes_do_not_share_a_run(finished_run):
-    with Journal(finished_run.journal_path()), pytest.raises(RecipeError, match="another process"):
-        Journal(finished_run.journal_path())
+    with finished_run.journal(), pytest.raises(RecipeError, match="another process"):
+        finished_run.journal()
 
 
 def test_what_is_wrong_with_a_recipe_is_told_at_once(tmp_path, toy, monkeypatch):
@@ -542,10 +596,9 @@ def test_what_is_wrong_with_a_recipe_is_told_at_once(tmp_path, toy, monkeypatch)
     for said in ("mllm.base_url", "top_p 2.0", "`api_key`", "did you mean `api_key_env`", "'xml' is none of"):
         assert said in str(error.value)
     del made["reasoner"]["api_key"]
-    made = recipe.merge(
-        made, {"mllm": {"base_url": "http://me:pw@host/v1"}, "reasoner": {"api_key_env": "NO_SUCH_KEY"}}
-    )
-    with pytest.raises(RecipeError, match=r"(?s)user or password.*NO_SUCH_KEY is not set"):
+    made["formats"] = ["parquet"]
+    made = recipe.merge(made, {"mllm": {"base_url": "http://me:pw@host/v1", "top_p": 1.0}})
+    with pytest.raises(RecipeError, match="user or password"):
         Run(made)
 
 
@@ -569,6 +622,10 @@ def endpoint(address, **more):
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "127.0.0.2"])
 def test_a_server_on_another_host_keeps_its_reasoning(host):
+    try:
+        socket.gethostbyname(host)
+    except OSError:
+        pytest.skip(f"{host} has no address")
     with serving(host="0.0.0.0") as server:
         generation, _ = generated(endpoint(url(server, host)))
     assert "description lacks rows" in generation.reasoning and "Final Answer" in generation.text
@@ -607,14 +664,13 @@ def test_a_passing_fault_is_tried_again(fault, monkeypatch):
 
     monkeypatch.setattr(toy_server, "FAULTS", (fault,))
     monkeypatch.setattr(module, "BACK_OFF", 0.01)
-    with serving(faults=1.0, slow=1.0) as server:
-        threading.Timer(0.5, lambda: setattr(server.options, "faults", 0.0)).start()
-        asking = endpoint(url(server), timeout=0.3, max_retries=100)
+    with serving(failing=2, slow=1.0) as server:
+        asking = endpoint(url(server), timeout=0.5)
         generation, _ = generated(asking)
-    assert "Final Answer" in generation.text and asking.retries > 0
+    assert "Final Answer" in generation.text and asking.retries == 2
 
 
-def test_a_request_that_alone_fails_is_given_up_and_a_server_that_is_gone_ends_the_run(monkeypatch):
+def test_a_request_that_alone_fails_is_given_up(monkeypatch):
     from vision_r1_recipes import toy_server
     from vision_r1_recipes.bridge import endpoint as module
 
@@ -623,8 +679,77 @@ def test_a_request_that_alone_fails_is_given_up_and_a_server_that_is_gone_ends_t
     with serving(faults=1.0) as server, pytest.raises(Rejected) as rejected:
         generated(endpoint(url(server), max_retries=3))
     assert rejected.value.rule == "no usable response"
-    with pytest.raises(ServerGone, match=r"has not answered for 0.5 s.*Nothing is lost"):
-        generated(endpoint(url(server), server_timeout=0.5))
+    # but not one row after the other
+    asking = endpoint(url(server), max_retries=0, concurrency=3)
+
+    async def ask_all():
+        for _ in range(10):
+            with contextlib.suppress(Rejected):
+                await asking.generate("row/reasoning", [{"role": "user", "content": "?"}])
+
+    with serving(faults=1.0, port=server.server_address[1]), pytest.raises(ServerGone, match="failed 4 rows in a row"):
+        asyncio.run(ask_all())
+
+
+def test_an_outage_costs_no_row(monkeypatch):
+    """One success, then nothing for longer than all retries take, then the server is there again."""
+    from vision_r1_recipes import toy_server
+    from vision_r1_recipes.bridge import endpoint as module
+
+    monkeypatch.setattr(toy_server, "FAULTS", ("503", "reset"))
+    monkeypatch.setattr(module, "BACK_OFF", 0.02)
+    monkeypatch.setattr(module, "MAX_BACK_OFF", 0.05)
+
+    async def ask(asking, server):
+        messages = [{"role": "user", "content": "?"}]
+        await asking.generate("first/reasoning", messages)
+        server.options.faults = 1.0
+        waiting = [asyncio.create_task(asking.generate(f"{i}/reasoning", messages)) for i in range(3)]
+        while asking.retries < 30:
+            await asyncio.sleep(0.02)
+        server.options.faults = 0.0
+        return await asyncio.gather(*waiting)
+
+    with serving() as server:
+        asking = endpoint(url(server), max_retries=2, server_timeout=60.0)
+        assert len(asyncio.run(ask(asking, server))) == 3
+
+
+def test_a_server_that_is_gone_ends_the_run():
+    asking = endpoint("http://127.0.0.1:9/v1", server_timeout=1.0)
+    with pytest.raises(ServerGone, match=r"has not answered for 1 s.*Nothing is lost"):
+        generated(asking)
+    assert asking.retries > 0
+
+
+def test_when_all_requests_are_refused_no_row_is_lost(tmp_path, toy):
+    with serving(refuse=1.0) as server, pytest.raises(RecipeError, match=r"refused the first 20 requests.*context"):
+        executed(tmp_path / "run", toy / "rl", url(server))
+    with serving() as server:
+        run = executed(tmp_path / "run", toy / "rl", url(server))
+    assert "request refused" not in column(outputs(run)[1], "rule")
+
+
+def test_odd_responses_are_none():
+    asking = endpoint("http://127.0.0.1:9/v1")
+
+    def parsed(content="x", finish_reason="stop", usage=None, message=True):
+        message = ChatCompletionMessage.model_construct(role="assistant", content=content) if message else None
+        choice = Choice.model_construct(index=0, message=message, finish_reason=finish_reason)
+        return asking._parse(ChatCompletion.model_construct(choices=[choice], usage=usage))
+
+    assert parsed().text == "x" and parsed("\ud800").text == "?"
+    nothing = CompletionUsage.model_construct(prompt_tokens=None, completion_tokens=None)
+    assert parsed(usage=nothing).prompt_tokens == 0
+    for odd in ({"content": ["x"]}, {"finish_reason": "abort"}, {"message": False}):
+        with pytest.raises(_Passing):
+            parsed(**odd)
+
+
+def test_ids_of_any_kind_can_be_sent():
+    for name in ("a\nb/reasoning", " a/reasoning", "\u5b57/reasoning"):
+        with serving() as server:
+            generated(endpoint(url(server)), name)
 
 
 def test_a_row_without_a_usable_response_is_asked_again_by_the_next_run(tmp_path, toy, monkeypatch):
@@ -649,8 +774,8 @@ def test_limits_are_kept(monkeypatch):
     async def sleep(seconds):
         clock[0] += seconds
 
-    monkeypatch.setattr("vision_r1_recipes.bridge.endpoint.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("vision_r1_recipes.bridge.endpoint.asyncio.sleep", sleep)
+    monkeypatch.setattr("vision_r1_recipes.bridge.endpoint.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("vision_r1_recipes.bridge.endpoint.asyncio", SimpleNamespace(sleep=sleep))
     budget = _Budget(600)
 
     async def spend():
@@ -659,13 +784,23 @@ def test_limits_are_kept(monkeypatch):
 
     asyncio.run(spend())
     assert 90 < clock[0] < 101  # 1,000 requests at 600 a minute, 60 at once in the beginning
+    budget = _Budget(6000)
+
+    async def spend_tokens():
+        begun = clock[0]
+        for _ in range(60):
+            await budget.wait(1000)
+        return clock[0] - begun
+
+    assert asyncio.run(spend_tokens()) > 570  # 60,000 tokens at 6,000 a minute
 
 
 # Interruptions
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_and_the_run_goes_on(tmp_path, toy):
-    with serving(latency=0.1) as server:
+    with serving(latency=0.2) as server:
         path = written(tmp_path / "recipe.yaml", values(tmp_path / "run", toy / "rl", url(server)))
         for end in (signal.SIGINT, signal.SIGTERM):
             process = command("run", path)
@@ -686,6 +821,7 @@ def test_ctrl_c_stops_cleanly_and_the_run_goes_on(tmp_path, toy):
     assert len(server.answered) - 3 * 64 <= 2 * 16
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path, toy):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
@@ -779,6 +915,14 @@ def executed_again(tmp_path, made):
 # Servers and clusters
 
 
+def responses(folder, step):
+    found = 0
+    for file in folder.glob("journal/*.sqlite"):
+        with contextlib.suppress(sqlite3.Error), Journal(file, write=False) as journal:
+            found += journal.requests().get(step, {"responses": 0})["responses"]
+    return found
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     script = ROOT / "tests" / "slurm" / "cluster.sh"
@@ -800,13 +944,6 @@ def test_the_jobs_on_slurm_are_cancelled_and_go_on(tmp_path, toy, finished_run, 
         made[name]["concurrency"] = 2
     path = written(tmp_path / "recipe.yaml", made)
 
-    def responses(step):
-        found = 0
-        for file in (tmp_path / "run" / "journal").glob("*.sqlite"):
-            with contextlib.suppress(sqlite3.Error), Journal(file, write=False) as journal:
-                found += journal.requests().get(step, {"responses": 0})["responses"]
-        return found
-
     def queue():
         listed = subprocess.run(["squeue", "-h", "-o", "%F %j"], capture_output=True, text=True, check=True)
         return [line.split() for line in listed.stdout.splitlines()]
@@ -819,12 +956,16 @@ def test_the_jobs_on_slurm_are_cancelled_and_go_on(tmp_path, toy, finished_run, 
 
     said = command("run", path).communicate(timeout=120)[0]
     assert any("bridge-reasoning" in name for _, name in queue()), said
-    wait(lambda: responses("description") > 10)
+    wait(lambda: responses(tmp_path / "run", "description") > 10)
     job = next(number for number, name in queue() if name == "bridge-description")
     subprocess.run(["scancel", job], check=True)
     wait(lambda: not queue())  # what depends on it is taken away
-    before = responses("description")
-    assert 10 < before < 64 and responses("pseudo_cot") == 64 and responses("reasoning") == 0
+    before = responses(tmp_path / "run", "description")
+    assert (
+        10 < before < 64
+        and responses(tmp_path / "run", "pseudo_cot") == 64
+        and responses(tmp_path / "run", "reasoning") == 0
+    )
     command("run", path).communicate(timeout=120)
     wait(lambda: not queue())
     run = Run.load(tmp_path / "run")
@@ -839,6 +980,7 @@ def served_values(folder, source, **more):
     return values(folder, source, "", mllm=serve, reasoner=serve, **more)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_told_with_its_log(tmp_path, toy):
     made = served_values(tmp_path / "run", toy / "rl")
     made["mllm"]["serve"] += " --no_such_option"
@@ -850,16 +992,20 @@ def test_a_server_that_does_not_start_is_told_with_its_log(tmp_path, toy):
 
 
 @pytest.mark.slow
-def test_the_steps_as_jobs_make_what_a_local_run_makes(tmp_path, toy, finished_run):
+@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+def test_the_steps_as_jobs_make_what_a_local_run_makes(tmp_path, toy, finished_run, end):
     made = served_values(tmp_path / "run", toy / "rl", cluster={"tasks": 2, "workers": 2})
+    made["mllm"]["serve"] += f" --latency 0.1 --log {tmp_path / 'server.log'}"
     path = written(tmp_path / "recipe.yaml", made)
     process = command("run", path, start_new_session=True)
-    journal = tmp_path / "run" / "journal" / "00001.sqlite"
-    while not (journal.exists() and journal.with_name("00001.sqlite-wal").exists()):
-        assert process.poll() is None, process.stdout.read()
+    deadline = time.monotonic() + 120
+    while responses(tmp_path / "run", "pseudo_cot") < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, end)
     process.communicate(timeout=60)
+    left = subprocess.run(["pgrep", "-f", f"toy_server.*{tmp_path}"], capture_output=True, text=True).stdout.split()
+    assert not left
     process = command("run", path)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said

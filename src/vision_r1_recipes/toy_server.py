@@ -40,7 +40,7 @@ from .toy import CELL, COLOURS, FAMILIES, ROWS, SIDE, Grid, Question, long_thoug
 
 
 HABITS = {  # shares of the scripted reasoner's answers
-    "names the description": 0.3,  # mended by the rules
+    "names the description": 0.1,  # mended by the rules
     "still names the description": 0.03,
     "misses information": 0.04,
     "changes language": 0.03,
@@ -55,12 +55,12 @@ DEFAULTS = {
     "faults": 0.0,  # share of the requests that fail
     "slow": 5.0,  # seconds that a slow request takes
     "refuse": 0.0,  # share of the prompts that get a 400
+    "failing": 0,  # requests that fail first of all
     "api_key": None,
     "log": None,
 }
 FAULTS = ("429", "500", "503", "slow", "reset", "half a body", "half a JSON", "no choices")
 _ROW = re.compile(rf"({'|'.join(ROWS)}): (\w+) (\w+) (\w+)")
-_WORKING = re.compile(r"(?<=: )(.*?)(?=\. )")
 
 
 @cache
@@ -90,7 +90,7 @@ def think(prompt: str, rng: random.Random) -> tuple[str, str, str]:
     answer = question.answer
     habit = rng.choices([*HABITS, ""], [*HABITS.values(), 1 - sum(HABITS.values())])[0]
     if habit == "names the description":
-        reasoning = f"{rng.choice(_OPENINGS)} {reasoning}"
+        reasoning = rng.choice(_OPENINGS) + reasoning
     elif habit == "still names the description":
         reasoning += " That fits all descriptions."
     elif habit == "misses information":
@@ -108,12 +108,8 @@ def think(prompt: str, rng: random.Random) -> tuple[str, str, str]:
     return reasoning, f"The picture gives {question.work(question.grid)[0]}.\n\n**Final Answer:** {answer}", "stop"
 
 
-_OPENINGS = (
-    "The description says that there are three rows.",
-    "According to the description, there are three rows.",
-    "Let me go through the image description row by row.",
-    "From the text above I take three rows.",
-)
+# Short, and of the world's own words as far as can be: a tiny model has to learn what is left of them.
+_OPENINGS = ("The description says ", "In the description, ", "From the image description, ", "From the text above, ")
 
 
 def describe(picture: Image.Image) -> str:
@@ -166,6 +162,12 @@ class Server(ThreadingHTTPServer):
                 with Path(self.options.log).open("a") as log:
                     log.write(json.dumps({"id": name, "received": received}) + "\n")
 
+    def fault(self) -> str | None:
+        """Of this request, if it is to fail."""
+        with self._lock:
+            self.options.failing -= (first := self.options.failing > 0)
+        return random.choice(FAULTS) if first or random.random() < self.options.faults else None
+
     def handle_error(self, request, client_address):
         pass  # clients that are killed
 
@@ -196,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.dumps(request["messages"], sort_keys=True).encode()
         if random.Random(hashlib.sha256(asked).digest()).random() < options.refuse:
             return self._error(400, "This model's maximum context length is exceeded.")
-        fault = random.choice(FAULTS) if random.random() < options.faults else None
+        fault = self.server.fault()
         if fault in ("429", "500", "503"):
             return self._error(int(fault), "try again", {"Retry-After": "0.1"} if fault == "429" else {})
         if fault == "slow":
@@ -222,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         self._send(200, data)
         if fault in (None, "slow"):
-            self.server.note(self.headers.get("X-Request-Id"), received)
+            self.server.note(self.headers.get("X-Request-Id", "").rpartition("/")[0], received)
 
     def _send(self, status, body, headers=None, half=False):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

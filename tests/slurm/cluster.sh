@@ -53,6 +53,7 @@ CONF
         runuser -u munge -- munged --pid-file=/run/munge/munged.pid --log-file=/run/munge/munged.log \
             --socket=/run/munge/munge.socket.2 --key-file=/etc/munge/munge.key
         cp /run/munge/munged.pid "$dir/munged.pid"
+        trap stop ERR
         export SLURM_CONF=$dir/slurm.conf
         slurmctld -f "$SLURM_CONF"
         slurmd -f "$SLURM_CONF"

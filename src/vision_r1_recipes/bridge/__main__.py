@@ -11,11 +11,11 @@ python -m vision_r1_recipes.bridge show runs/bridge ID                         #
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 
 from .. import preflight, recipe
+from ..recipe import RecipeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,5 +59,7 @@ if __name__ == "__main__":
     with preflight.kind_errors():
         try:
             sys.exit(main())
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        except KeyboardInterrupt:
             sys.exit("stopped; what was answered is kept. Run the same command again to go on.")
+        except OSError as error:
+            raise RecipeError(f"{error.filename or 'a file'}: {error.strerror}. What was answered is kept.") from error

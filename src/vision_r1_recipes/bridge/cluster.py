@@ -15,6 +15,7 @@ request stops its rank.)
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ from typing import Any
 
 from .. import recipe
 from ..recipe import RecipeError
-from .endpoint import served
-from .report import finish
+from .report import write_all
 from .rows import Sources
-from .run import Run, check_conserved, run_rank
+from .run import Run, remaining, work_rank
 
 
 WRITE = "write"  # the job after the steps
+OWN = {"pipeline", "tasks", "workers", "logging_dir", "depends", "job_name"}  # arguments of an executor
 
 
 @dataclass
@@ -46,19 +47,17 @@ class ClusterConfig:
 class Job:
     """One step on one rank, as datatrove calls it; or the writing of what all ranks have made."""
 
-    values: dict[str, Any]
+    folder: str
     step: str
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        run = Run(self.values)
+        run = Run.load(self.folder)  # with the prompts and rules of the submission
         sources = Sources(run.config.datasets)
         if self.step == WRITE:
-            check_conserved(run, sources)
-            finish(run, sources)
+            write_all(run, sources)
             return
-        name = run.endpoint(self.step)
-        with served(run.endpoints[name], run.folder / "logs" / f"{self.step}-{rank:05d}.log") as run.endpoints[name]:
-            run_rank(run, sources, rank, world_size, only=self.step)
+        with run.journal(rank) as journal:
+            work_rank(run, sources, journal, rank, world_size, only=self.step)
 
 
 def submit(run: Run) -> None:
@@ -70,28 +69,42 @@ def submit(run: Run) -> None:
     config = recipe.fill(ClusterConfig, run.config.cluster, "cluster.")
     if config.tasks < 1 or config.workers == 0:
         raise RecipeError(f"`cluster`: tasks {config.tasks}, workers {config.workers}: at least 1 of each.")
-    Sources(run.config.datasets)  # what is wrong with them is told here
-    run.save()
+    if config.slurm is not None:
+        recipe.check_keys(config.slurm, inspect.signature(SlurmPipelineExecutor).parameters, "cluster.slurm.")
+        if own := sorted(config.slurm.keys() & OWN):
+            raise RecipeError(f"`cluster.slurm.{own[0]}` is set by the bridge. Remove it.")
+    sources = Sources(run.config.datasets)
+    run.begin()
     executor = None
     for step in (*run.prompts.templates, WRITE):
+        folder = (run.folder / "cluster" / step).absolute()
+        ranks = 1 if step == WRITE else config.tasks
+        for rank in range(ranks):
+            if step == WRITE or _left(run, sources, step, rank, ranks):
+                (folder / "completions" / f"{rank:05d}").unlink(missing_ok=True)
         common = {
-            "pipeline": [Job(run.values, step)],
-            "tasks": 1 if step == WRITE else config.tasks,
-            "logging_dir": str((run.folder / "cluster" / step).absolute()),
+            "pipeline": [Job(str(run.folder), step)],
+            "tasks": ranks,
+            "workers": min(config.workers, ranks),
+            "logging_dir": str(folder),
             "depends": executor,
-            "skip_completed": step != WRITE,
         }
         if config.slurm is None:
-            executor = LocalPipelineExecutor(**common, workers=1 if step == WRITE else config.workers)
+            executor = LocalPipelineExecutor(**common)
             continue
         activate = Path(sys.prefix, "bin", "activate")
         site = {"venv_path": str(activate) if activate.is_file() else None, "qos": None, **config.slurm}
+        # without it, what depends on a job that failed would wait for ever
         site["sbatch_args"] = {"kill-on-invalid-dep": "yes", **site.get("sbatch_args", {})}
         if step == WRITE:
-            site |= {"gpus_per_task": 0}
-        name = f"bridge-{step}"
-        executor = SlurmPipelineExecutor(**common, **site, workers=config.workers, job_name=name)
+            site["gpus_per_task"] = 0
+        executor = SlurmPipelineExecutor(**common, **site, job_name=f"bridge-{step}")
     try:
         executor.run()
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         raise RecipeError(f"the jobs could not be submitted, sbatch's own words are above: {error}.") from error
+
+
+def _left(run: Run, sources: Sources, step: str, rank: int, world_size: int) -> int:
+    with run.journal(rank) as journal:
+        return remaining(journal, len(range(rank, len(sources), world_size)), step)

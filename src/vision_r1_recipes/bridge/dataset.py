@@ -23,7 +23,7 @@ from ..data import MARKER
 from ..evaluate import REFLECTION
 from ..recipe import RecipeError
 from ..report import table
-from .journal import Journal, merged
+from .journal import Journal, check_same, merged
 from .rows import Sources
 from .rules import finish
 from .run import Run
@@ -67,33 +67,35 @@ class Outcome:
     detail: str = ""
 
 
-def judge(run: Run, sources: Sources, entry: dict[str, Any], journal: Journal) -> tuple[Outcome, Row] | None:
-    """What the rules, as they are now, make of one entry of a journal; `None` before its end."""
+def judge(run: Run, sources: Sources, entry: dict[str, Any], journal: Journal) -> tuple[Outcome, Row | None] | None:
+    """
+    What the rules, as they are now, make of one entry of a journal, and its row if it was read; `None` before its end.
+    """
     made = Outcome(entry["position"], entry["id"], entry["source"], rule=entry["rule"], detail=entry["detail"])
+    if made.rule is not None:
+        return made, None
     generation = journal.get(made.position, STEPS[-1])
-    if made.rule is None and generation is None:
+    if generation is None:
         return None
     row = sources[made.position]
-    if made.rule is None:
-        try:
-            made.completion, made.repairs = finish(row, generation, run.rules)
-        except Rejected as rejected:
-            made.rule, made.detail = rejected.rule, rejected.detail
+    check_same(row, made.id, entry["digest"])
+    try:
+        made.completion, made.repairs = finish(row, generation, run.rules)
+    except Rejected as rejected:
+        made.rule, made.detail = rejected.rule, rejected.detail
     return made, row
 
 
-def outcomes(run: Run, sources: Sources, journals: list[Journal]) -> Iterator[tuple[Outcome, Row, Journal]]:
-    """Every row that has come to its end, in order."""
+def outcomes(run: Run, sources: Sources, journals: list[Journal]) -> Iterator[tuple[Outcome, Row | None, Journal]]:
+    """Every row that has come to its end, in order; kept ones with their row."""
     seen: set[str] = set()
     for entry, journal in merged(journals):
-        if (judged := judge(run, sources, entry, journal)) is None:
-            continue
-        made, row = judged
-        if len(journals) > 1 and made.rule is None:  # ranks don't know each other's ids
-            if made.id in seen:
-                made.completion, made.rule = None, DUPLICATE
-            seen.add(made.id)
-        yield made, row, journal
+        if len(journals) > 1:  # ranks don't know each other's ids
+            if entry["id"] in seen:
+                entry = {**entry, "rule": DUPLICATE, "detail": ""}
+            seen.add(entry["id"])
+        if judged := judge(run, sources, entry, journal):
+            yield *judged, journal
 
 
 class Statistics:
@@ -123,11 +125,11 @@ class Statistics:
         return self.kept + sum(self.rules.values())
 
 
-def write(run: Run, sources: Sources) -> Statistics:
+def write(run: Run, sources: Sources) -> tuple[Statistics, str]:
     """
     Write `dataset/` (parquet shards, pictures inside, and the card), `rejected.jsonl` and, where the recipe asks for
     them, the released JSON schemas with their image folders in `json/`. What was there before is replaced at the end;
-    there is no `dataset/` without a row.
+    there is no `dataset/` without a row. Returns the counts and the card's text.
     """
     draft, statistics = run.folder / "draft", Statistics()
     shutil.rmtree(draft, ignore_errors=True)
@@ -161,9 +163,11 @@ def write(run: Run, sources: Sources) -> Statistics:
             shards = _shard(draft, shards, kept)
         requests = [journal.requests() for journal in journals]
     if statistics.total != len(sources):
-        raise RecipeError(f"{len(sources)} rows in, {statistics.total} rows out: this is a bug, please report it.")
-    text = front_matter(statistics) + card(run, statistics, requests)
-    (draft / "dataset" / "README.md").write_text(text, encoding="utf-8")
+        raise RecipeError(
+            f"{len(sources)} rows in the sources, {statistics.total} have come to their end: run the command again."
+        )
+    text = card(run, statistics, requests)
+    (draft / "dataset" / "README.md").write_text(front_matter(statistics) + text, encoding="utf-8")
     if not shards:
         shutil.rmtree(draft / "dataset")
     for made in ("dataset", "json", "rejected.jsonl"):
@@ -172,7 +176,7 @@ def write(run: Run, sources: Sources) -> Statistics:
         if (draft / made).exists():
             (draft / made).rename(old)
     draft.rmdir()
-    return statistics
+    return statistics, text
 
 
 def _shard(draft: Path, number: int, rows: list[dict[str, Any]]) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import os
 import random
 import shlex
@@ -14,21 +15,24 @@ import socket
 import subprocess
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
 from ..recipe import RecipeError
-from .steps import UNANSWERED, Generation, Messages, Rejected
+from .steps import REFUSED, UNANSWERED, Generation, Messages, Rejected
 
 
-BACK_OFF, MAX_BACK_OFF = 0.5, 60.0  # seconds
+BACK_OFF, MAX_BACK_OFF, MAX_RETRY_AFTER = 0.5, 60.0, 300.0  # seconds
+MAX_REFUSED = 20  # requests, without one that was accepted
+FINISHED = ("stop", "length", "content_filter")
 POLL = 0.5  # seconds between two looks at a server that starts
 
 
@@ -47,8 +51,8 @@ class EndpointConfig:
             a repetition penalty for one.
         api_key_env (`str`, *optional*): Name of the environment variable with the key. Keys have no place in recipes.
         concurrency (`int`, *optional*, defaults to 64): Requests at a time.
-        requests_per_minute (`int`, *optional*), tokens_per_minute (`int`, *optional*):
-            Limits; tokens are those of prompts and completions, known once a response is there.
+        requests_per_minute (`float`, *optional*), tokens_per_minute (`float`, *optional*):
+            Limits. Tokens are those of prompts and completions; before a response is there, their mean so far counts.
         timeout (`float`, *optional*, defaults to 1800): Seconds for one request.
         max_retries (`int`, *optional*, defaults to 8): Of one request, while others succeed.
         server_timeout (`float`, *optional*, defaults to 900):
@@ -66,8 +70,8 @@ class EndpointConfig:
     extra_body: dict = field(default_factory=dict)
     api_key_env: str | None = None
     concurrency: int = 64
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
     timeout: float = 1800.0
     max_retries: int = 8
     server_timeout: float = 900.0
@@ -80,8 +84,6 @@ class EndpointConfig:
             found.append(f"`{where}.base_url`: {self.base_url!r} is no URL, for example http://localhost:8000/v1.")
         if url.password or url.username:
             found.append(f"`{where}.base_url` holds a user or password: use `api_key_env`.")
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
-            found.append(f"`{where}.api_key_env`: {self.api_key_env} is not set in the environment.")
         for name in ("max_tokens", "concurrency", "requests_per_minute", "tokens_per_minute", "timeout"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 found.append(f"`{where}.{name}`: {value}, needs to be over 0.")
@@ -90,6 +92,13 @@ class EndpointConfig:
                 f"`{where}`: temperature {self.temperature}, top_p {self.top_p}: at least 0; over 0, up to 1."
             )
         return found
+
+    def key(self) -> str:
+        """The API key, empty where none is named; raises [`RecipeError`] when it is not in the environment."""
+        key = os.environ.get(self.api_key_env or "", "")
+        if self.api_key_env and not key:
+            raise RecipeError(f"`api_key_env`: {self.api_key_env} is not set in the environment.")
+        return key
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -103,16 +112,18 @@ class ServerGone(RecipeError):
 
 
 class _Budget:
-    """At most `per_minute` units a minute on average, and in any burst a tenth of it."""
+    """At most `per_minute` units a minute on average, and in any burst a tenth of it; 0 is no limit."""
 
-    def __init__(self, per_minute: float | None):
-        self.per_second = (per_minute or 0) / 60
+    def __init__(self, per_minute: float):
+        self.per_second = per_minute / 60
         self.burst = max(1.0, 6 * self.per_second)
         self.left, self.at = self.burst, time.monotonic()
 
     async def wait(self, spend: float) -> None:
-        """Wait until there is something left, and spend."""
-        while self.per_second:
+        """Wait until there is something left, and spend; what was spent too much is added to `left` again."""
+        if not self.per_second:
+            return
+        while True:
             now = time.monotonic()
             self.left, self.at = min(self.burst, self.left + (now - self.at) * self.per_second), now
             if self.left > 0:
@@ -125,16 +136,18 @@ class Endpoint:
     """A client with bounded concurrency, limits, and retries on what may pass: 408, 409, 429, 5xx, lost connections,
     time-outs, and responses that are none."""
 
-    def __init__(self, config: EndpointConfig):
-        self.config = config
-        self._key = os.environ.get(config.api_key_env or "", "")
+    def __init__(self, config: EndpointConfig, world_size: int = 1):
+        share = world_size if config.serve is None else 1  # of limits that ranks have on one server together
+        self.config, self._key = config, config.key()
         self.client = openai.AsyncOpenAI(
             base_url=config.base_url, api_key=self._key or "none", timeout=config.timeout, max_retries=0
         )
         self.slots = asyncio.Semaphore(config.concurrency)
-        self.requests, self.tokens = _Budget(config.requests_per_minute), _Budget(config.tokens_per_minute)
-        self.last_success = self.started = time.monotonic()
-        self.retries = self.used = 0  # `used`: tokens
+        self.requests = _Budget((config.requests_per_minute or 0) / share)
+        self.tokens = _Budget((config.tokens_per_minute or 0) / share)
+        self.last_success = float("-inf")
+        self.answered = self.refused = self.given_up = self.retries = 0
+        self.used = 0  # tokens
 
     async def generate(self, name: str, messages: Messages) -> tuple[Generation, float]:
         """
@@ -145,36 +158,49 @@ class Endpoint:
             `RecipeError`: it would refuse all: an unknown model, no permission.
             `ServerGone`: it is down.
         """
-        sent = await asyncio.to_thread(_with_pictures, messages)
-        begun, failures = time.monotonic(), 0
+        try:
+            sent = await asyncio.to_thread(_with_pictures, messages)
+        except OSError as error:
+            raise Rejected("missing image", f"{name}: {error}") from error
+        failures = 0
         async with self.slots:
-            for attempt in range(10**9):
+            begun = since = time.monotonic()
+            for attempt in itertools.count():
+                expected = self.used / self.answered if self.answered else self.config.max_tokens
                 await self.requests.wait(1)
-                await self.tokens.wait(0)
+                await self.tokens.wait(expected)
                 tried = time.monotonic()
                 try:
                     generation = self._parse(await self._send(name, sent))
                 except _Passing as failure:
-                    alive = self.last_success >= begun or failure.answered
-                    failures += alive
-                    begun_waiting = max(self.last_success, self.started)
-                    if failures > self.config.max_retries:
-                        raise Rejected(UNANSWERED, f"{name}: {failure}") from failure
-                    if not alive and time.monotonic() - begun_waiting > self.config.server_timeout:
-                        raise ServerGone(
-                            f"{self.config.base_url} has not answered for {self.config.server_timeout:g} s, the last "
-                            f"time: {failure}. Nothing is lost: start it, then run the same command again."
-                        ) from failure
+                    self.tokens.left += expected
                     self.retries += 1
+                    now = time.monotonic()
+                    failures += failure.answered or self.last_success > since
+                    since = now
+                    if failures > self.config.max_retries:
+                        self.given_up += 1
+                        if self.given_up > self.config.concurrency:
+                            raise self._gone(f"has failed {self.given_up} rows in a row", failure) from failure
+                        raise Rejected(UNANSWERED, f"{name}: {failure}") from failure
+                    if now - max(self.last_success, begun) > self.config.server_timeout:
+                        raise self._gone(
+                            f"has not answered for {self.config.server_timeout:g} s", failure
+                        ) from failure
                     pause = min(MAX_BACK_OFF, BACK_OFF * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
-                    await asyncio.sleep(max(pause, failure.retry_after))
+                    await asyncio.sleep(max(pause, min(failure.retry_after, MAX_RETRY_AFTER)))
                     continue
-                now = self.last_success = time.monotonic()
+                self.last_success, self.given_up = time.monotonic(), 0
                 tokens = generation.prompt_tokens + generation.completion_tokens
-                self.used += tokens
-                self.tokens.left -= tokens if self.tokens.per_second else 0
-                return generation, now - tried
-        raise AssertionError
+                self.used, self.answered = self.used + tokens, self.answered + 1
+                self.tokens.left += expected - tokens
+                return generation, self.last_success - tried
+
+    def _gone(self, said: str, failure: _Passing) -> ServerGone:
+        return ServerGone(
+            f"{self.config.base_url} {said}, the last time: {failure}. Nothing is lost: see to it, then run the same "
+            "command again."
+        )
 
     async def _send(self, name: str, messages: Messages) -> Any:
         config = self.config
@@ -186,21 +212,14 @@ class Endpoint:
                 top_p=config.top_p,
                 max_tokens=config.max_tokens,
                 extra_body=config.extra_body,
-                extra_headers={"X-Request-Id": name},
+                extra_headers={"X-Request-Id": f"{quote(name)}/{uuid.uuid4().hex[:8]}"},  # vLLM refuses one twice
             )
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            fix = f"Is {config.api_key_env} right?" if config.api_key_env else "Set `api_key_env`."
-            raise RecipeError(f"{config.base_url} refuses access: {self._clean(error)} {fix}") from None
         except openai.NotFoundError as error:
             raise RecipeError(
                 f"`model`: {config.base_url} has no {config.model}: {self._clean(error)}{await self._served()}"
             ) from None
         except openai.APIStatusError as error:
-            if error.status_code in (408, 409, 429) or error.status_code >= 500:
-                wait = error.response.headers.get("retry-after", "")
-                retry_after = float(wait) if wait.replace(".", "", 1).isdigit() else 0.0
-                raise _Passing(f"{error.status_code}: {self._clean(error)}", retry_after) from None
-            raise Rejected("request refused", f"{name}: {error.status_code}: {self._clean(error)}") from None
+            raise self._judged(name, error) from None
         except openai.APIResponseValidationError as error:
             raise _Passing(f"no valid response: {self._clean(error)}", answered=True) from None
         except openai.APIConnectionError as error:
@@ -208,20 +227,39 @@ class Endpoint:
         except ValueError as error:
             raise _Passing(f"no valid JSON: {self._clean(error)}", answered=True) from None
 
+    def _judged(self, name: str, error: openai.APIStatusError) -> Exception:
+        """What a status means: it may pass, it is this request's own, or every request would have it."""
+        status, said = error.status_code, f"{error.status_code}: {self._clean(error)}"
+        if status in (408, 409, 429) or status >= 500:
+            wait = error.response.headers.get("retry-after", "")
+            retry_after = float(wait) if wait.replace(".", "", 1).isdigit() else 0.0
+            return _Passing(said, retry_after, answered=status == 500)
+        if status in (401, 402) or (status == 403 and not self.answered):
+            fix = f"Is {self.config.api_key_env} right?" if self.config.api_key_env else "Set `api_key_env`."
+            return RecipeError(f"{self.config.base_url} refuses access: {said} {fix if status != 402 else ''}".strip())
+        self.refused += 1
+        if not self.answered and self.refused >= MAX_REFUSED:
+            return AllRefused(f"{self.config.base_url} has refused the first {self.refused} requests: {said}")
+        return Rejected(REFUSED, f"{name}: {said}")
+
     def _parse(self, response: Any) -> Generation:
         if not isinstance(response, ChatCompletion) or not response.choices:
             raise _Passing("a response without choices", answered=True)
-        message, usage = response.choices[0].message, response.usage
-        if message is None:
-            raise _Passing("a choice without message", answered=True)
-        extra = message.model_extra or {}
-        return Generation.parse(
-            message.content or "",
-            extra.get("reasoning_content") or extra.get("reasoning"),
-            finish_reason=response.choices[0].finish_reason or "stop",
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
-        )
+        try:
+            message, usage = response.choices[0].message, response.usage
+            extra = message.model_extra or {}
+            generation = Generation.parse(
+                _writable(message.content),
+                _writable(extra.get("reasoning_content") or extra.get("reasoning")),
+                finish_reason=response.choices[0].finish_reason or "stop",
+                prompt_tokens=(usage and usage.prompt_tokens) or 0,
+                completion_tokens=(usage and usage.completion_tokens) or 0,
+            )
+        except (AttributeError, TypeError) as error:
+            raise _Passing(f"no valid response: {error}", answered=True) from None
+        if generation.finish_reason not in FINISHED:
+            raise _Passing(f"finish_reason is {generation.finish_reason}", answered=True)
+        return generation
 
     async def _served(self) -> str:
         try:
@@ -231,8 +269,13 @@ class Endpoint:
 
     def _clean(self, error: Any) -> str:
         """A message of one line without the key, which servers like to repeat."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return text.replace(self._key, "***") if self._key else text
+        text = f"{type(error).__name__}: {error}"
+        text = text.replace(self._key, "***") if self._key else text
+        return " ".join(text.split())[:500]
+
+
+class AllRefused(RecipeError):
+    """Not one of the first requests was accepted: it is the recipe's fault, not the rows'."""
 
 
 class _Passing(Exception):
@@ -241,6 +284,11 @@ class _Passing(Exception):
     def __init__(self, message: str, retry_after: float = 0.0, answered: bool = False):
         super().__init__(message)
         self.retry_after, self.answered = retry_after, answered
+
+
+def _writable(text: str | None) -> str:
+    """Without halves of surrogate pairs, which no file takes."""
+    return (text or "").encode("utf-8", "replace").decode()
 
 
 def _with_pictures(messages: Messages) -> Messages:
@@ -274,32 +322,34 @@ def served(config: EndpointConfig, log: Path) -> Iterator[EndpointConfig]:
         free.bind(("", 0))
         port = free.getsockname()[1]
     command = config.serve.replace("{port}", str(port)).replace("{model}", config.model)
-    config = replace(config, base_url=config.base_url.replace("{port}", str(port)), serve=command)
+    config = replace(config, base_url=config.base_url.replace("{port}", str(port)))
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        try:
-            process = subprocess.Popen(
-                shlex.split(config.serve), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            raise RecipeError(f"`serve`: {config.serve}: {error.strerror}.") from error
+    process = None
     try:
+        with log.open("ab") as output:
+            try:
+                process = subprocess.Popen(
+                    shlex.split(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                raise RecipeError(f"`serve`: {command}: {error.strerror}.") from error
         deadline = time.monotonic() + config.server_timeout
-        while not _ready(config.base_url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                said = f"ended with code {process.returncode}" if process.returncode is not None else "is not ready"
+        while process.poll() is not None or not _ready(config.base_url):
+            if process.returncode is not None or time.monotonic() > deadline:
+                said = "is not ready" if process.returncode is None else f"ended with code {process.returncode}"
                 last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise RecipeError(f"`serve`: {config.serve} {said}. The end of {log}:\n{last}")
+                raise RecipeError(f"`serve`: {command} {said}. The end of {log}:\n{last}")
             time.sleep(POLL)
         yield config
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
 
 
 def _ready(base_url: str) -> bool:

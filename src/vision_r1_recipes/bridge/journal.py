@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import heapq
-import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -21,7 +20,6 @@ from .steps import Generation, Row
 
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rows (
     position INTEGER PRIMARY KEY, id TEXT NOT NULL, source TEXT NOT NULL, digest TEXT NOT NULL, rule TEXT, detail TEXT
 );
@@ -40,10 +38,11 @@ class Journal:
     The journal at `path`, made if absent; a context manager.
 
     `rows` holds every row of the sources that has been looked at, with the `rule` that rejected it *before or during*
-    the requests; what the rules say about finished rows is not kept here, they may change.
+    the requests; what the rules say about finished rows is not kept here, they may change. `shared`: hosts may share
+    the file system.
     """
 
-    def __init__(self, path: Path, write: bool = True):
+    def __init__(self, path: Path, write: bool = True, shared: bool = False):
         self.path, self._lock = path, None
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,18 +72,6 @@ class Journal:
         if self._lock:
             self._lock.close()
 
-    def identify(self, identity: dict[str, Any]) -> None:
-        """Keep what the responses depend on; raises [`RecipeError`] when it was something else before."""
-        found = self.db.execute("SELECT value FROM meta WHERE name = 'identity'").fetchone()
-        if found is None:
-            self.db.execute("INSERT INTO meta VALUES ('identity', ?)", (json.dumps(identity),))
-            return
-        before = json.loads(found[0])
-        changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
-        if changed:
-            listed = "\n".join(f"`{key}`: was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
-            raise RecipeError(f"{self.path.parent} was begun with other settings: name a new output_dir.\n{listed}")
-
     def add(self, row: Row) -> str | None:
         """
         Enter a row, at most once; returns the rule that has rejected it before, if one has.
@@ -98,16 +85,16 @@ class Journal:
                 "INSERT INTO rows VALUES (?, ?, ?, ?, NULL, '')", (row.position, row.id, row.source, row.digest)
             )
             return None
-        if found[1:] != (row.id, row.digest):
-            raise RecipeError(
-                f"row {row.position} is {row.id}, and was {found[1]} with other content when {self.path.parent} was "
-                "begun: the source has changed. Name a new output_dir."
-            )
+        check_same(row, *found[1:])
         return found[0]
 
     def reject(self, position: int, rule: str | None, detail: str = "") -> None:
         """Note why a row goes no further; `None` takes it back."""
         self.db.execute("UPDATE rows SET rule = ?, detail = ? WHERE position = ?", (rule, detail, position))
+
+    def forgive(self, rule: str) -> None:
+        """Take back all rejections by a rule."""
+        self.db.execute("UPDATE rows SET rule = NULL, detail = '' WHERE rule = ?", (rule,))
 
     def put(self, position: int, step: str, generation: Generation, seconds: float, arrived: float) -> None:
         values = (generation.text, generation.reasoning, generation.finish_reason)
@@ -129,15 +116,16 @@ class Journal:
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """All rows in order."""
-        names = ("position", "id", "source", "rule", "detail")
+        names = ("position", "id", "source", "digest", "rule", "detail")
         for found in self.db.execute(f"SELECT {', '.join(names)} FROM rows ORDER BY position"):
             yield dict(zip(names, found, strict=True))
 
-    def left(self, step: str) -> int:
-        """Rows that are not rejected and have no answer to `step`."""
+    def left(self, step: str, again: Sequence[str] = ()) -> int:
+        """Rows that are not rejected, or by one of the rules `again`, and have no answer to `step`."""
         answered = "SELECT position FROM responses WHERE step = ?"
-        query = f"SELECT COUNT(*) FROM rows WHERE rule IS NULL AND position NOT IN ({answered})"
-        return self.db.execute(query, (step,)).fetchone()[0]
+        pending = f"(rule IS NULL OR rule IN ({', '.join('?' * len(again))}))"
+        query = f"SELECT COUNT(*) FROM rows WHERE {pending} AND position NOT IN ({answered})"
+        return self.db.execute(query, (*again, step)).fetchone()[0]
 
     def __len__(self) -> int:
         return self.db.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
@@ -147,6 +135,15 @@ class Journal:
         query = "SELECT step, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(seconds) FROM responses"
         names = ("responses", "prompt_tokens", "completion_tokens", "seconds")
         return {step: dict(zip(names, v, strict=True)) for step, *v in self.db.execute(query + " GROUP BY step")}
+
+
+def check_same(row: Row, key: str, digest: str) -> None:
+    """Raise [`RecipeError`] when another row stood at this position when the run was begun."""
+    if (key, digest) != (row.id, row.digest):
+        raise RecipeError(
+            f"row {row.position} of the sources is {row.id}, and was {key} with other content when the run was begun: "
+            "the sources have changed. Name a new output_dir."
+        )
 
 
 def merged(journals: Sequence[Journal]) -> Iterator[tuple[dict[str, Any], Journal]]:

@@ -8,26 +8,26 @@ from typing import Any
 
 from ..recipe import RecipeError
 from ..report import html
-from . import run as runner
 from .dataset import Statistics, card, judge, outcomes, write
 from .journal import Journal, merged
 from .rows import Sources
-from .run import Run
-from .steps import Generation
+from .run import Run, ask
+from .steps import DUPLICATE, UNANSWERED, Generation
 
 
 def execute(run: Run) -> None:
     """Run a recipe here to its end: requests, dataset, report."""
-    sources = runner.execute(run)
-    finish(run, sources)
+    write_all(run, ask(run))
 
 
-def finish(run: Run, sources: Sources) -> None:
+def write_all(run: Run, sources: Sources) -> None:
     """Write the dataset and the report of a run whose rows have all come to their end."""
-    statistics = write(run, sources)
-    report(run)
+    statistics, text = write(run, sources)
+    _write_report(run, text)
     dropped = "\n".join(f"  {n} dropped: {rule}" for rule, n in statistics.rules.most_common())
     print(f"{statistics.kept} of {statistics.total} rows kept\n{dropped}".rstrip())
+    if statistics.rules[UNANSWERED]:
+        print(f"run the same command again to ask for the {statistics.rules[UNANSWERED]} without a response once more")
     if not statistics.kept:
         raise RecipeError(
             f"no row was kept: see {run.folder}/report.html, and `bridge show {run.folder} ID` for a row."
@@ -45,6 +45,10 @@ def report(run: Run) -> None:
         text = card(run, statistics, [journal.requests() for journal in journals])
     if statistics.total < len(sources):
         text += f"\n{len(sources) - statistics.total} of {len(sources)} rows have not come to their end yet.\n"
+    _write_report(run, text)
+
+
+def _write_report(run: Run, text: str) -> None:
     (run.folder / "report.md").write_text(text, encoding="utf-8")
     (run.folder / "report.html").write_text(html(text, f"Bridge: {run.folder.name}", run.folder), encoding="utf-8")
 
@@ -57,6 +61,8 @@ def show(run: Run, key: str) -> str:
         if not found:
             near = ", ".join(entry["id"] for entry, _ in islice(merged(journals), 3))
             raise RecipeError(f"{key!r} is no id of {run.folder}; for example {near}.")
+        for entry, _ in found[1:]:
+            entry |= {"rule": DUPLICATE, "detail": ""}
         return "\n\n".join(_walk(run, sources, entry, journal) for entry, journal in found)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,19 +68,24 @@ class Sources:
         self, name: str, rows: Dataset, convert: Callable, folder: str, index: int, position: int
     ) -> tuple[Row, Rejected | None]:
         raw = rows[index]
-        key = str(raw.get("id") or f"row-{index}")
+        key = f"row-{index}" if raw.get("id") in (None, "") else str(raw["id"])
         key = f"{name}/{key}" if len(self.parts) > 1 else key
         try:
             turns, answer, images = convert(raw)
         except Drop as drop:
-            return Row(position, key, name, "", ""), Rejected(drop.reason, drop.detail)
+            return Row(position, key, name, "", "", digest=_digest(key)), Rejected(drop.reason, drop.detail)
         text = "\n".join(text for role, text in turns if role == "user")
         if "conversations" in raw or "completion" in raw:
             stated = [found for pattern in _CONCLUSIONS for found in re.findall(pattern, answer, re.DOTALL)]
             answer = final_answer(stated[-1].strip() if stated else answer) or ""
+        digest = _digest(key, text, answer, [(i["path"], len(i["bytes"] or b"")) for i in images])
         images = [i if i["bytes"] is not None else {**i, "path": str(Path(folder, i["path"] or ""))} for i in images]
-        row = Row(position, key, name, text.replace(MARKER, "").strip(), answer.strip(), images)
+        row = Row(position, key, name, text.replace(MARKER, "").strip(), answer.strip(), images, digest)
         return row, _problem(row, text.count(MARKER))
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def _problem(row: Row, markers: int) -> Rejected | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from .steps import Generation, Rejected, Row
 
 
 _SENTENCE = re.compile(r"[^.!?\n]+")
-_CONCLUSION = re.compile(r"\b(?:the|my|final) answer (?:is|should be|must be)[\s:*]*([^\s.,;*]+(?:\.\d+)?)", re.I)
-_FINAL = re.compile(r"\bfinal answer\s*[:\uff1a]\**[ \t]*", re.I)
+_CONCLUSION = re.compile(
+    r"\b(?:the|my|final) answer (?:is|should be|must be)[\s:*]*(.*?)(?:[.;!?](?!\d)|$)", re.I | re.M
+)
+_FINAL = re.compile(r"\bfinal answer[*_ \t]*(?:[:\uff1a]|$)[\s*_]*", re.I | re.M)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class Rules:
     min_words: int
     max_words: int
     max_repeats: int
+    min_compressed: float
     max_foreign_share: float
+    cannot_see: list[str]
     missing_information: list[str]
     replace: list[dict[str, str]]
     names_the_text: list[str]
@@ -39,7 +44,7 @@ class Rules:
         """Read and check a file; raises [`RecipeError`] with everything wrong in it."""
         rules = recipe.fill(cls, recipe.load(path), f"{path}: ")
         problems = []
-        for name in ("missing_information", "names_the_text", "names_the_answer"):
+        for name in ("cannot_see", "missing_information", "names_the_text", "names_the_answer"):
             problems += [_pattern_problem(name, pattern) for pattern in getattr(rules, name)]
         for i, item in enumerate(rules.replace):
             if not isinstance(item, dict) or item.keys() != {"pattern", "with"}:
@@ -53,11 +58,8 @@ class Rules:
 
 def _pattern_problem(name: str, pattern: Any, replacement: str = "") -> str | None:
     try:
-        compiled = re.compile(pattern, re.I)
-        groups = [int(n) for n in re.findall(r"\\(\d)", replacement)]
-        if max(groups, default=0) > compiled.groups:
-            raise re.error(f"no group {max(groups)} in the pattern")
-    except (re.error, TypeError) as error:
+        re.sub(f"(?:{pattern})|", replacement, "", flags=re.I)  # matches, so that `replacement` is looked at too
+    except (re.error, TypeError, IndexError) as error:
         return f"`{name}`: {pattern!r}: {error}."
     return None
 
@@ -85,12 +87,16 @@ def finish(row: Row, generation: Generation, rules: Rules) -> tuple[str, list[st
         raise Rejected("wrong language", f"{share:.0%} of the letters")
     if repeated := most_repeated(reasoning, rules.max_repeats):
         raise Rejected("repetition", f"{repeated[1]} x {repeated[0]!r}")
+    if (share := compressed(reasoning)) < rules.min_compressed:
+        raise Rejected("repetition", f"the end compresses to {share:.0%}")
     words = len(reasoning.split())
     if words < rules.min_words:
         raise Rejected("too short", f"{words} words")
     if words > rules.max_words:
         raise Rejected("too long", f"{words} words")
-    if found := first_match(rules.missing_information, f"{reasoning}\n{generation.text}"):
+    if found := first_match(rules.cannot_see, f"{reasoning}\n{generation.text}"):
+        raise Rejected("missing information", found)
+    if found := first_match(rules.missing_information, f"{reasoning[-500:]}\n{generation.text}"):
         raise Rejected("missing information", found)
     if conclusion := contradiction(reasoning, answer):
         raise Rejected("contradiction", f"the reasoning ends at {conclusion!r}, the answer is {answer!r}")
@@ -117,6 +123,7 @@ def final_answer(text: str) -> str | None:
 
 def first_match(patterns: Sequence[str], text: str) -> str | None:
     """The first match of any pattern with what stands around it."""
+    text = text.replace("\u2019", "'")
     for pattern in patterns:
         if match := re.search(pattern, text, re.I):
             return " ".join(text[max(0, match.start() - 30) : match.end() + 30].split())
@@ -125,12 +132,18 @@ def first_match(patterns: Sequence[str], text: str) -> str | None:
 
 def foreign_share(text: str, limit: float) -> float | None:
     """The share of letters outside the Latin and Greek alphabets, where it is over `limit`."""
-    if text.isascii():
+    strange = [char for char in text if not char.isascii() and char.isalpha()]
+    if not strange:
         return None
-    letters = [char for char in text if char.isalpha()]
-    foreign = sum(not unicodedata.name(c, "").startswith(("LATIN", "GREEK", "MATHEMATICAL")) for c in letters)
-    share = foreign / max(1, len(letters))
+    foreign = sum(not unicodedata.name(c, "").startswith(("LATIN", "GREEK", "MATHEMATICAL")) for c in strange)
+    share = foreign / sum(map(str.isalpha, text))
     return share if share > limit else None
+
+
+def compressed(text: str) -> float:
+    """Size of the last 2,000 characters after compression, as a share; 1 for a text too short to tell."""
+    end = text[-2000:].encode()
+    return len(zlib.compress(end)) / len(end) if len(end) > 500 else 1.0
 
 
 def most_repeated(text: str, limit: int) -> tuple[str, int] | None:
@@ -141,11 +154,9 @@ def most_repeated(text: str, limit: int) -> tuple[str, int] | None:
 
 
 def contradiction(reasoning: str, answer: str) -> str | None:
-    """The answer that the end of the reasoning names, where it is of the answer's kind and another one."""
+    """What the end of the reasoning calls the answer, where both are a letter, or both a number, and they differ."""
     stated = _CONCLUSION.findall(reasoning[-400:])
-    if not stated:
-        return None
-    conclusion = stated[-1].strip("()\"'$ ")
+    conclusion = re.sub(r"(?<=\d),(?=\d{3})", "", stated[-1].strip("()\"'$* ")) if stated else ""
     comparable = _kind(conclusion) is not None and _kind(conclusion) == _kind(answer)
     return conclusion if comparable and not grade(answer, conclusion) else None
 
@@ -176,7 +187,7 @@ def repair(text: str, replacements: Sequence[dict[str, str]]) -> tuple[str, list
                 words = words[:-1]
             new = " ".join(words)
             if match[0][0].isupper():
-                new = new[0].upper() + new[1:]
+                new = new[:1].upper() + new[1:]
             repairs.append(f"{match[0]} -> {new}")
             return new
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import sqlite3
 import time
@@ -27,13 +28,27 @@ from tqdm import tqdm
 
 from .. import recipe
 from ..recipe import RecipeError
-from .endpoint import Endpoint, EndpointConfig, served
+from .endpoint import AllRefused, Endpoint, EndpointConfig, served
 from .journal import Journal
 from .rows import Sources, check_pictures
 from .rules import Rules
-from .steps import DUPLICATE, STEPS, UNANSWERED, Generation, Messages, Prompts, Rejected, Row, bridge
+from .steps import (
+    DUPLICATE,
+    REFUSED,
+    STEPS,
+    UNANSWERED,
+    Generation,
+    Messages,
+    Prompts,
+    Rejected,
+    Row,
+    bridge,
+    check,
+)
 
 
+# Not the row's fault, or mended without a request: another run is another chance.
+AGAIN = (UNANSWERED, "missing image", "broken image")
 FORMATS = ("parquet", "llava_cot", "mulberry")
 
 
@@ -102,13 +117,25 @@ class Run:
         own = {"output_dir": str(folder), "rules": str(Path(folder, "rules.yaml")), "prompts": prompts}
         return cls({**values, **own})
 
-    def save(self) -> None:
-        """Keep the recipe with the run, and the prompts and rules that it names."""
+    def begin(self) -> None:
+        """
+        Keep the recipe with the run, and the prompts and rules that it names.
+
+        Raises:
+            `RecipeError`: the run was begun with other settings that its responses depend on.
+        """
+        path = self.folder / "identity.json"
+        if path.is_file():
+            before, now = json.loads(path.read_text()), self.identity
+            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if changed:
+                listed = "\n".join(f"`{key}`: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+                raise RecipeError(f"{self.folder} was begun with other settings: name a new output_dir.\n{listed}")
         recipe.save(self.values, self.folder)
-        copies = {f"{step}.jinja": path for step, path in self.config.prompts.items() if path}
+        path.write_text(json.dumps(self.identity, indent=2) + "\n")
         (self.folder / "rules.yaml").write_text(recipe.dump(recipe.load(self.config.rules)), encoding="utf-8")
-        for name, path in copies.items():
-            (self.folder / name).write_bytes(Path(path).read_bytes())
+        for step, source in self.prompts.sources.items():
+            (self.folder / f"{step}.jinja").write_text(source, encoding="utf-8")
 
     def _prompts(self) -> None:
         self.prompts = Prompts(self.config.prompts, self.config.show_answer)
@@ -124,10 +151,12 @@ class Run:
         """What the responses depend on: models, sampling, the prompts' hashes."""
         found = {f"{name}.{key}": v for name, e in self.endpoints.items() for key, v in e.identity.items()}
         found |= {f"prompts.{step}": self.prompts.hashes.get(step) for step in STEPS}
-        return {**found, "show_answer": self.config.show_answer, "ranks": (self.config.cluster or {}).get("tasks", 1)}
+        return {**found, "show_answer": self.config.show_answer, "tasks": (self.config.cluster or {}).get("tasks", 1)}
 
-    def journal_path(self, rank: int = 0) -> Path:
-        return self.folder / "journal" / f"{rank:05d}.sqlite"
+    def journal(self, rank: int = 0) -> Journal:
+        """The journal of a rank, to write to."""
+        path = self.folder / "journal" / f"{rank:05d}.sqlite"
+        return Journal(path, shared=self.config.cluster is not None)
 
     @contextlib.contextmanager
     def journals(self) -> Iterator[list[Journal]]:
@@ -139,33 +168,34 @@ class Run:
             yield [stack.enter_context(Journal(path, write=False)) for path in paths]
 
 
-def execute(run: Run) -> Sources:
-    """Run all steps here, with the servers that the recipe starts, and check that no row is lost."""
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does: it ends the requests and the servers that were started."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ask(run: Run) -> Sources:
+    """Take all rows through all steps here, with the servers that the recipe starts."""
     sources = Sources(run.config.datasets)
-    run.save()
-    with contextlib.ExitStack() as stack:
-        for name in run.endpoints:
-            log = run.folder / "logs" / f"{name}.log"
-            run.endpoints[name] = stack.enter_context(served(run.endpoints[name], log))
-        run_rank(run, sources)
-    check_conserved(run, sources)
+    with run.journal() as journal:
+        run.begin()
+        work_rank(run, sources, journal)
     return sources
 
 
-def check_conserved(run: Run, sources: Sources) -> None:
-    """Raise [`RecipeError`] unless every row of the sources stands once in the journals and has come to its end."""
-    with run.journals() as journals:
-        rows, left = sum(map(len, journals)), sum(journal.left(STEPS[-1]) for journal in journals)
-    if rows != len(sources) or left:
-        raise RecipeError(
-            f"{len(sources)} rows in the sources, {rows} in {run.folder}/journal, {left} of them without an end: run "
-            "the same command again."
-        )
-
-
-def run_rank(run: Run, sources: Sources, rank: int = 0, world_size: int = 1, only: str | None = None) -> None:
+def work_rank(
+    run: Run, sources: Sources, journal: Journal, rank: int = 0, world_size: int = 1, only: str | None = None
+) -> None:
     """
-    Take the rows of one rank through the steps, asking nothing again that has been answered.
+    Take the rows of one rank through the steps, asking nothing again that has been answered; no server is started
+    when nothing is left to ask. Afterwards each of them has its answer or is rejected.
 
     Args:
         only (`str`, *optional*): The one step to ask for; those before it are taken from the journal.
@@ -173,27 +203,46 @@ def run_rank(run: Run, sources: Sources, rank: int = 0, world_size: int = 1, onl
     Raises:
         `RecipeError`: what would happen to all rows: a wrong recipe or source, no permission, a server that is gone.
     """
-    with Journal(run.journal_path(rank)) as journal:
-        journal.identify(run.identity)
-        try:
-            asyncio.run(_Worker(run, journal, only).work(sources, rank, world_size))
-        except sqlite3.Error as error:
-            raise RecipeError(
-                f"can't write to {journal.path}: {error}. What was answered before is kept: make room, then run the "
-                "same command again."
-            ) from error
+    total = len(range(rank, len(sources), world_size))
+    if len(journal) > total:
+        raise RecipeError(
+            f"`datasets`: {total} rows for {journal.path}, which holds {len(journal)}: the sources are shorter than "
+            "when it was begun."
+        )
+    if remaining(journal, total, only):
+        names = [run.endpoint(only)] if only else list(run.endpoints)
+        for name in names:
+            run.endpoints[name].key()  # missed before a server starts
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sigterm_interrupts())
+            endpoints = {}
+            for name in names:
+                log = run.folder / "logs" / f"{only or name}-{rank:05d}.log"
+                config = stack.enter_context(served(run.endpoints[name], log))
+                endpoints[name] = Endpoint(config, world_size)
+            try:
+                asyncio.run(_Worker(run, journal, endpoints, only).work(sources, rank, world_size))
+            except sqlite3.Error as error:
+                raise RecipeError(
+                    f"can't write to {journal.path}: {error}. What was answered before is kept: make room, then run "
+                    "the same command again."
+                ) from error
+    if left := journal.left(only or STEPS[-1]) + total - len(journal):
+        raise RecipeError(f"{left} of {total} rows have not come to their end: this is a bug, please report it.")
+
+
+def remaining(journal: Journal, total: int, only: str | None = None) -> int:
+    """How many of a rank's `total` rows have something left to be asked, or looked at once more."""
+    return total - len(journal) + journal.left(only or STEPS[-1], AGAIN)
 
 
 class _Worker:
-    def __init__(self, run: Run, journal: Journal, only: str | None):
-        self.run, self.journal, self.only = run, journal, only
+    def __init__(self, run: Run, journal: Journal, endpoints: dict[str, Endpoint], only: str | None):
+        self.run, self.journal, self.endpoints, self.only = run, journal, endpoints, only
         self.last = only or STEPS[-1]
         self.rejected = 0
 
     async def work(self, sources: Sources, rank: int, world_size: int) -> None:
-        names = [self.run.endpoint(self.only)] if self.only else list(self.run.endpoints)
-        self.endpoints = {name: Endpoint(self.run.endpoints[name]) for name in names}
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
         total = len(range(rank, len(sources), world_size))
         rows = sources.read(rank, world_size)
         bar = tqdm(total=total, unit="row", desc=self.only or "bridge", smoothing=0.05)
@@ -212,6 +261,8 @@ class _Worker:
                 for _ in range(min(total, sum(e.config.concurrency for e in self.endpoints.values()))):
                     group.create_task(worker())
         except ExceptionGroup as errors:
+            if any(isinstance(error, AllRefused) for error in errors.exceptions):
+                self.journal.forgive(REFUSED)
             raise errors.exceptions[0] from None
         finally:
             bar.close()
@@ -221,20 +272,22 @@ class _Worker:
     async def _row(self, row: Row, problem: Rejected | None) -> None:
         journal = self.journal
         rule = journal.add(row)
-        if rule == UNANSWERED:  # the server's fault, not the row's: another run is another chance
+        if rule in AGAIN:
             journal.reject(row.position, rule := None)
-        if rule is None and journal.get(row.position, self.last) is None:
+        if rule is None:
             try:
-                if problem:
-                    raise problem
                 if journal.taken(row):
                     raise Rejected(DUPLICATE)
-                await asyncio.to_thread(check_pictures, row)
-                await bridge(row, partial(self._generate, row), self.run.prompts, self.last)
+                if problem:
+                    raise problem
+                if found := journal.get(row.position, self.last):
+                    check(self.last, found)
+                    await asyncio.sleep(0)  # others' turn
+                else:
+                    await asyncio.to_thread(check_pictures, row)
+                    await bridge(row, partial(self._generate, row), self.run.prompts, self.last)
             except Rejected as rejected:
                 journal.reject(row.position, rule := rejected.rule, rejected.detail)
-        else:
-            await asyncio.sleep(0)
         self.rejected += rule is not None
 
     async def _generate(self, row: Row, step: str, messages: Messages) -> Generation:
@@ -242,7 +295,7 @@ class _Worker:
             return found
         if step != (self.only or step):
             raise Rejected(UNANSWERED, f"{step}: its job left it out")
-        name = f"{row.id}/{step}".encode("ascii", "backslashreplace").decode()
-        generation, seconds = await self.endpoints[self.run.endpoint(step)].generate(name, messages)
+        endpoint = self.endpoints[self.run.endpoint(step)]
+        generation, seconds = await endpoint.generate(f"{row.id}/{step}", messages)
         self.journal.put(row.position, step, generation, seconds, time.time())
         return generation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from ..recipe import RecipeError
 
 
 STEPS = ("pseudo_cot", "description", "reasoning")  # the MLLM's two, then the text reasoner's
-UNANSWERED, DUPLICATE = "no usable response", "duplicate id"  # rules that are looked up
+# Rules that are looked up.
+UNANSWERED, REFUSED, DUPLICATE = "no usable response", "request refused", "duplicate id"
 Messages = list[dict[str, Any]]
 
 
@@ -30,13 +30,7 @@ class Row:
     question: str
     answer: str
     images: list[dict[str, Any]] = field(default_factory=list, repr=False)
-
-    @property
-    def digest(self) -> str:
-        """Of what the requests are made of, pictures by name and size."""
-        pictures = [(Path(i["path"] or "").name, len(i["bytes"] or b"")) for i in self.images]
-        text = json.dumps([self.id, self.question, self.answer, pictures])
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    digest: str = ""  # of the source's row
 
 
 @dataclass(frozen=True)
@@ -119,6 +113,16 @@ class Prompts:
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": text.strip()}]}]
 
 
+def check(step: str, generation: Generation) -> None:
+    """Raise [`Rejected`] when what a step wrote can't be used."""
+    if generation.finish_reason == "content_filter":
+        raise Rejected("refused content", step)
+    if generation.finish_reason == "length":
+        raise Rejected("cut off", f"{step}: {generation.completion_tokens} tokens, finish_reason is length")
+    if not generation.text:
+        raise Rejected("empty completion", step)
+
+
 async def bridge(
     row: Row,
     generate: Callable[[str, Messages], Awaitable[Generation]],
@@ -143,12 +147,7 @@ async def bridge(
     made: dict[str, Generation] = {}
     for step in prompts.templates:
         generation = await generate(step, prompts.render(step, row, made))
-        if generation.finish_reason == "content_filter":
-            raise Rejected("refused content", step)
-        if generation.finish_reason == "length":
-            raise Rejected("cut off", f"{step}: {generation.completion_tokens} tokens, finish_reason is length")
-        if not generation.text:
-            raise Rejected("empty completion", step)
+        check(step, generation)
         made[step] = generation
         if step == last:
             break
