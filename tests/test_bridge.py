@@ -991,8 +991,8 @@ def test_a_server_that_does_not_start_is_told_with_its_log(tmp_path, toy):
         reports.execute(Run(made))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_the_steps_as_jobs_make_what_a_local_run_makes(tmp_path, toy, finished_run, end):
     made = served_values(tmp_path / "run", toy / "rl", cluster={"tasks": 2, "workers": 2})
     made["mllm"]["serve"] += f" --latency 0.1 --log {tmp_path / 'server.log'}"
