@@ -583,6 +583,12 @@ def test_two_processes_do_not_share_a_run(finished_run):
         finished_run.journal()
 
 
+@pytest.mark.parametrize("shared, mode", [(False, "wal"), (True, "truncate")])
+def test_hosts_that_share_a_file_system_get_no_wal(tmp_path, shared, mode):
+    with Journal(tmp_path / "0.sqlite", shared=shared) as journal:
+        assert journal.db.execute("PRAGMA journal_mode").fetchone() == (mode,)
+
+
 def test_what_is_wrong_with_a_recipe_is_told_at_once(tmp_path, toy, monkeypatch):
     made = values(tmp_path / "run", toy / "rl", "localhost:8000")
     made = recipe.merge(

@@ -56,10 +56,10 @@ class Journal:
         self.db = sqlite3.connect(path, isolation_level=None)
         try:
             if write:
-                self.db.execute("PRAGMA journal_mode=WAL")
-                self.db.execute(
-                    "PRAGMA synchronous=NORMAL"
-                )  # a killed process loses nothing, a power cut the last rows
+                # WAL is fast, and not for a file that several hosts have open. In either mode a killed process loses
+                # nothing, a power cut the last rows.
+                self.db.execute(f"PRAGMA journal_mode={'TRUNCATE' if shared else 'WAL'}")
+                self.db.execute("PRAGMA synchronous=NORMAL")
                 self.db.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise RecipeError(f"{path} can't be used: {error}.") from error

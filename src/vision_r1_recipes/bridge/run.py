@@ -26,7 +26,7 @@ from typing import Any, get_type_hints
 
 from tqdm import tqdm
 
-from .. import recipe
+from .. import preflight, recipe
 from ..recipe import RecipeError
 from .endpoint import AllRefused, Endpoint, EndpointConfig, served
 from .journal import Journal
@@ -102,8 +102,7 @@ class Run:
         problems += [
             f"`formats`: {name!r} is none of {', '.join(FORMATS)}." for name in set(config.formats) - {*FORMATS}
         ]
-        if problems:
-            raise RecipeError("\n".join(problems))
+        preflight.check(problems)
         self.folder = Path(config.output_dir)
 
     @classmethod
@@ -125,12 +124,9 @@ class Run:
             `RecipeError`: the run was begun with other settings that its responses depend on.
         """
         path = self.folder / "identity.json"
-        if path.is_file():
-            before, now = json.loads(path.read_text()), self.identity
-            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-            if changed:
-                listed = "\n".join(f"`{key}`: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-                raise RecipeError(f"{self.folder} was begun with other settings: name a new output_dir.\n{listed}")
+        if path.is_file() and (changed := recipe.differences(json.loads(path.read_text()), self.identity)):
+            listed = "\n".join(f"`{key}`: was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+            raise RecipeError(f"{self.folder} was begun with other settings: name a new output_dir.\n{listed}")
         recipe.save(self.values, self.folder)
         path.write_text(json.dumps(self.identity, indent=2) + "\n")
         (self.folder / "rules.yaml").write_text(recipe.dump(recipe.load(self.config.rules)), encoding="utf-8")
