@@ -7,6 +7,8 @@ import tempfile
 import pytest
 import torch
 
+from runs import RECIPES, STAGES
+
 
 CACHE = tempfile.mkdtemp(prefix="vision-r1-tests-")
 os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before datasets is imported
@@ -27,4 +29,40 @@ def toy(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("toy")
     build(folder, num_base=64, num_cold=64, num_train=64, num_test=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipes(toy, tmp_path_factory):
+    """Children of the toy recipes that take a second: an untrained model, a handful of rows, short completions."""
+    from vision_r1_recipes import recipe
+
+    folder = tmp_path_factory.mktemp("recipes")
+    tiny_grpo = {
+        "base": str(RECIPES / "toy/ptst.yaml"),
+        "model_name_or_path": str(toy / "model"),
+        "datasets": [{"path": str(toy / "rl"), "limit": 10}],
+        **{"eval_datasets": None, "eval_every_rollouts": None},
+        "stages": STAGES,
+        "prompts_per_rollout": 4,
+        "prompts_per_update": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "probe_prompts": 0,
+    }
+    tiny_sft = {
+        "base": str(RECIPES / "toy/cold_start.yaml"),
+        "model_name_or_path": str(toy / "model"),
+        "datasets": [
+            {"path": str(toy / "cold"), "data_files": f"vision_r1_{name}_full.json", "limit": 16}
+            for name in ("llava_cot", "mulberry_sft")
+        ],
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "max_length": 2048,
+    }
+    for name, values in {"grpo": tiny_grpo, "sft": tiny_sft}.items():
+        (folder / f"{name}.yaml").write_text(recipe.dump(values))
     return folder

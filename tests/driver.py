@@ -2,7 +2,8 @@
 `python driver.py grpo|sft RECIPE [--key value ...]`: the entry point with a reward that an untrained model can earn,
 and with what every rollout really held on this rank written to `$ROLLOUTS/rank-N.jsonl`. With
 `$FIXED_COMPLETIONS` nothing is sampled. It kills itself when all but
-the last stroke of the checkpoint of step `$KILL_BEFORE_MARK` is written.
+the last stroke of the checkpoint of step `$KILL_BEFORE_MARK` is written; rank 1 gets a SIGTERM before step
+`$SIGTERM_BEFORE`.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from vision_r1_recipes import checkpoints, grpo, sft
+from vision_r1_recipes.preemption import PreemptionCallback
 from vision_r1_recipes.preflight import kind_errors
 from vision_r1_recipes.trainers import VisionGRPOTrainer
 
@@ -60,7 +62,20 @@ def kill_before_mark(mark):
     return killing
 
 
+def terminate_before(step):
+    inner = PreemptionCallback.on_step_begin
+
+    def terminating(self, args, state, control, **kwargs):
+        if state.global_step + 1 == step and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        inner(self, args, state, control, **kwargs)
+
+    return terminating
+
+
 if __name__ == "__main__":
+    if "SIGTERM_BEFORE" in os.environ:
+        PreemptionCallback.on_step_begin = terminate_before(int(os.environ["SIGTERM_BEFORE"]))
     if "KILL_BEFORE_MARK" in os.environ:
         checkpoints.mark = kill_before_mark(checkpoints.mark)
     grpo.REWARDS["hfrrf"] = [length_is_even]

@@ -22,68 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from driver import fixed_completions, length_is_even
+from runs import ROOT, SAVES, STAGES, history, launch, trace
 from vision_r1_recipes import checkpoints, data, evaluate, grpo, recipe, rewards, sft, trainers
 from vision_r1_recipes.ptst import Stage
 from vision_r1_recipes.recipe import RecipeError
 from vision_r1_recipes.trainers import VisionGRPOTrainer, VisionSFTTrainer, _Rollouts, collapse_runs, vision_modules
-
-
-ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes"
-# 4Kx16 / 6Kx12 / 8Kx8 in small: rows per micro-batch 4, 3, 2.
-STAGES = [
-    {"max_completion_length": 8, "num_generations": 8, "steps": 2},
-    {"max_completion_length": 12, "num_generations": 6, "steps": 1},
-    {"max_completion_length": 16, "num_generations": 4, "steps": 2},
-]
-
-
-@pytest.fixture(scope="module")
-def recipes(toy, tmp_path_factory):
-    """Children of the toy recipes that take a second: an untrained model, a handful of rows, short completions."""
-    folder = tmp_path_factory.mktemp("recipes")
-    tiny_grpo = {
-        "base": str(RECIPES / "toy/ptst.yaml"),
-        "model_name_or_path": str(toy / "model"),
-        "datasets": [{"path": str(toy / "rl"), "limit": 10}],
-        **{"eval_datasets": None, "eval_every_rollouts": None},
-        "stages": STAGES,
-        "prompts_per_rollout": 4,
-        "prompts_per_update": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "probe_prompts": 0,
-    }
-    tiny_sft = {
-        "base": str(RECIPES / "toy/cold_start.yaml"),
-        "model_name_or_path": str(toy / "model"),
-        "datasets": [
-            {"path": str(toy / "cold"), "data_files": f"vision_r1_{name}_full.json", "limit": 16}
-            for name in ("llava_cot", "mulberry_sft")
-        ],
-        "global_batch_size": 8,
-        "per_device_train_batch_size": 2,
-        "max_steps": 6,
-        "logging_steps": 1,
-        "max_length": 2048,
-    }
-    for name, values in {"grpo": tiny_grpo, "sft": tiny_sft}.items():
-        (folder / f"{name}.yaml").write_text(recipe.dump(values))
-    return folder
-
-
-SAVES = {"grpo": ["--save_every_rollouts", "1"], "sft": ["--save_strategy", "steps", "--save_steps", "1"]}
-
-
-def history(run: Path) -> list[dict]:
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
-
-
-def trace(run: Path) -> list[dict]:
-    """The log without the clock."""
-    timed = ("step_time", "tokens_per_second", "train_loss", "_runtime", "_per_second")
-    rows = history(run)
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith(timed)} for row in rows]
 
 
 def spy(monkeypatch, owner, name, note):
@@ -767,21 +710,6 @@ def test_wandb_offline(recipes, tmp_path):
 
 
 BACKENDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED ZeRO-2", "zero3": "DEEPSPEED ZeRO-3"}
-
-
-def launch(backend: str, kind: str, *argv, **environment) -> str:
-    """`accelerate launch` with two processes; what it printed."""
-    run = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / f"accelerate/{backend}.yaml"]
-    run += ["--num_processes", "2", ROOT / "tests/driver.py", kind, *argv]
-    done = subprocess.run(
-        [sys.executable, *map(str, run)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow

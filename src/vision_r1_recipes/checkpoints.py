@@ -6,22 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig
-
-from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
-from .recipe import RecipeError
+from .recipe import RecipeError, load
 
 
+PREFIX = "checkpoint-"  # transformers' PREFIX_CHECKPOINT_DIR, which takes seconds to import
 MARKER = "complete.json"
 LAUNCH = ("num_processes", "distributed_type", "data")  # keys of an identity that are not a recipe's
 # Keys of a recipe that change neither a rollout nor an update: a resumed run may have others.
 FREE = (
     *("output_dir", "run_name", "report_to", "project", "disable_tqdm", "resume_from_checkpoint", "force_resume"),
-    *("stop_after_rollouts", "probe_prompts", "num_proc", "ddp_timeout", "push_to_hub"),
+    *("stop_after_rollouts", "accelerate_config", "probe_prompts", "num_proc", "ddp_timeout", "push_to_hub"),
     *("vllm_max_model_length", "per_device_eval_batch_size", "num_generations_eval", "dataloader_num_workers"),
     *("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
     *("num_completions_to_print", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "max_dropped_share"),
@@ -53,8 +51,8 @@ def read(folder: str | Path) -> dict[str, Any] | None:
 def saved(output_dir: str | Path) -> list[Path]:
     """The checkpoints in `output_dir`, complete or not, oldest first."""
     found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    for path in Path(output_dir).glob(f"{PREFIX}*"):
+        step = path.name.removeprefix(PREFIX)
         if path.is_dir() and step.isdigit():
             found[int(step)] = path
     return [found[step] for step in sorted(found)]
@@ -118,6 +116,15 @@ def finished(output_dir: str | Path, max_steps: int = -1) -> bool:
     return state["global_step"] >= state["max_steps"] >= max_steps
 
 
+def state(values: Mapping[str, Any]) -> str:
+    """What there is of the run of a recipe: `finished`, the newest complete checkpoint's name, or `nothing`."""
+    folder = Path(str(values.get("output_dir")))
+    if finished(folder) and (folder / "recipe.yaml").is_file():
+        return "finished" if identity(load(folder / "recipe.yaml")) == identity(values) else "another run, finished"
+    newest, _ = wanted("auto", folder)
+    return newest.name if newest else "nothing"
+
+
 def identity(values: Mapping[str, Any], **launch: Any) -> dict[str, Any]:
     """What must not change between two parts of one run: the science of its recipe, and `launch` (world, data)."""
     science = {key: value for key, value in values.items() if key not in FREE and not key.startswith(FREE_PREFIXES)}
@@ -132,7 +139,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     found = []
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key, DEFAULTS.get(key)), now.get(key, DEFAULTS.get(key))
+        old, new = before.get(key, defaults().get(key)), now.get(key, defaults().get(key))
         if old == new or (key in LAUNCH and key not in now):
             continue
         constant = now.get("lr_scheduler_type") == "constant"
@@ -142,16 +149,18 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _defaults() -> dict[str, Any]:
+@cache
+def defaults() -> dict[str, Any]:
     """Defaults of the keys whose default is the same for SFT and GRPO."""
+    from trl import ModelConfig
+
+    from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
+
     found: dict[str, list] = {}
     for kind in (DataArguments, ModelConfig, VisionSFTConfig, VisionGRPOConfig):
         for spec in fields(kind):
             found.setdefault(spec.name, []).append(None if spec.default is MISSING else spec.default)
     return {name: values[0] for name, values in found.items() if all(value == values[0] for value in values)}
-
-
-DEFAULTS = _defaults()
 
 
 def _short(value: Any) -> str:

@@ -55,8 +55,17 @@ def below_one(config: Any, *names: str) -> list[str]:
     ]
 
 
+@dataclass
 class _Launched:
-    """Mixin: the number of training processes, known before anything is initialised."""
+    """
+    Mixin: how a run is launched.
+
+    Args:
+        accelerate_config (`str`, *optional*):
+            The file that `slurm/train.slurm` gives to `accelerate launch --config_file`. The run doesn't read it.
+    """
+
+    accelerate_config: str | None = field(default=None, metadata={"help": "For `accelerate launch --config_file`."})
 
     def _num_processes(self) -> int:
         return int(os.environ.get("WORLD_SIZE", 1))

@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from . import memory
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
-from .preflight import longest_sequence, model_config, recipe_problems
+from .preflight import longest_sequence, model_config, recipe_problems, run_problems
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
 from .recipe import RecipeError, load, merge, parse_all, parse_overrides
 
@@ -34,6 +34,7 @@ def plan(
     seconds_per_rollout: float | None = None,
     zero_stage: int = 3,
     gpu_memory: float = 80,
+    here: bool = False,
 ) -> tuple[str, list[str]]:
     """
     What `argv` (a recipe and overrides) would do.
@@ -47,6 +48,8 @@ def plan(
             Measured time of a rollout with its updates, for the GPU-hours.
         zero_stage (`int`, *optional*, defaults to `3`), gpu_memory (`float`, *optional*, defaults to `80`):
             DeepSpeed's stage (0: none) and the GB of a GPU, for the estimate of the memory.
+        here (`bool`, *optional*, defaults to `False`):
+            Whether the run would start on this machine now: what is installed and what `output_dir` holds count too.
 
     Returns:
         The plan as text, and all problems found.
@@ -62,9 +65,13 @@ def plan(
     config_class = VisionGRPOConfig if recipe.keys() & {"stages", "prompts_per_rollout"} else VisionSFTConfig
     origin = start_model(argv[0], recipe.get("model_name_or_path"))
     argv = [*argv, "--model_name_or_path", origin] if origin else argv
-    instances, problems = _check(argv, config_class, world_size)
+    values, instances, problems = _check(argv, config_class, world_size)
+    if here and origin:
+        problems.append(f"`model_name_or_path`: {recipe['model_name_or_path']} is not here yet: train it first.")
+    if here and instances is not None:
+        problems += run_problems({**values, "use_cpu": recipe.get("use_cpu", False)}, instances[1])
     if problems and serving:
-        fits = [n for n in range(1, 2 * gpus) if not _check(argv, config_class, n)[1]]
+        fits = [n for n in range(1, 2 * gpus) if not _check(argv, config_class, n)[2]]
         near = sorted(sorted(fits, key=lambda n: abs(n - world_size))[:3])
         splits = ", ".join(f"{n} + {serving} = {n + serving}" for n in near) or "none"
         problems.append(f"--gpus: splits into training and server near {world_size} + {serving} that work: {splits}.")
@@ -79,7 +86,9 @@ def plan(
     if seconds_per_rollout and config_class is VisionGRPOConfig:
         hours = seconds_per_rollout * num_rollouts(parse_stages(instances[1].stages)) / 3600
         lines.append(
-            f"at {seconds_per_rollout:g} s a rollout: {hours:,.1f} h, {hours * (gpus or world_size):,.0f} GPU-h"
+            f"at {seconds_per_rollout:g} s a rollout: {hours:,.1f} h, {hours * (gpus or world_size):,.0f} GPU-h; a "
+            f"preempted run keeps the rollout it is in when it is told {seconds_per_rollout:g} s before, and the time "
+            "to write a checkpoint"
         )
     return "\n".join([f"{title}: {lines[0]}", *lines[1:]]), problems
 
@@ -106,12 +115,12 @@ def start_model(path: str, name: str | None) -> str | None:
     return None if found in seen else found
 
 
-def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[tuple | None, list[str]]:
+def _check(argv: Sequence[str], config_class: type, world_size: int) -> tuple[dict, tuple | None, list[str]]:
     types = (DataArguments, planned(config_class, world_size), ModelConfig)
     values, instances, problems = parse_all([*argv, "--use_cpu", "true"], types)
     if instances is not None:
         problems = problems + recipe_problems(values, *instances)
-    return instances, list(dict.fromkeys(problems))
+    return values, instances, list(dict.fromkeys(problems))
 
 
 def _sft(
@@ -193,6 +202,14 @@ def _grpo(
     if args.loss_type == "bnpo" and len(set(micro_batches)) > 1:
         lines.append("warning: loss_type bnpo averages over the micro-batch, whose rows change between the stages.")
     return lines
+
+
+def serve(argv: Sequence[str]) -> str:
+    """The command of the rollout server of `argv` (a recipe with `vllm_mode: server`, and overrides)."""
+    values, instances, problems = _check(argv, VisionGRPOConfig, 1)
+    if instances is None:
+        raise RecipeError("\n".join(problems))
+    return serve_command(values["model_name_or_path"], instances[1])
 
 
 def serve_command(model_name_or_path: str, args: VisionGRPOConfig) -> str:

@@ -169,6 +169,11 @@ def _common_problems(values: dict, data: DataArguments, args, model: ModelConfig
         problems.append(f"`max_dropped_share`: {data.max_dropped_share} is a share: from 0 to 1.")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         problems.append(f"`min_pixels` {data.min_pixels} is over `max_pixels` {data.max_pixels}.")
+    if args.push_to_hub and args.hub_strategy != "end":
+        problems.append(
+            f"`hub_strategy`: {getattr(args.hub_strategy, 'value', args.hub_strategy)} would push unfinished models. "
+            "Set it to end."
+        )
     for key, low, high in RANGES:
         value = getattr(args, key, None)
         if isinstance(value, (int, float)) and not low < value <= high:

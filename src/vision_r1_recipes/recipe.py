@@ -6,6 +6,7 @@ python -m vision_r1_recipes.recipe expand recipes/ptst.yaml                  # t
 python -m vision_r1_recipes.recipe get recipes/ptst.yaml output_dir          # one value, for scripts
 python -m vision_r1_recipes.recipe diff recipes/ptst.yaml recipes/long.yaml  # what differs after inheritance
 python -m vision_r1_recipes.recipe plan recipes/ptst.yaml --world-size 64    # the arithmetic and every problem, no GPU
+python -m vision_r1_recipes.recipe state recipes/ptst.yaml                   # finished, a checkpoint, or nothing
 ```
 """
 
@@ -364,12 +365,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     expand = commands.add_parser("expand", help="print the recipe after inheritance and overrides")
     get = commands.add_parser("get", help="print one value")
+    state = commands.add_parser("state", help="print what there is of its run: finished, its checkpoint, or nothing")
+    serve = commands.add_parser("serve", help="print the command of its rollout server")
     plan = commands.add_parser("plan", help="print the arithmetic and every problem; exit code 2 if there is one")
     diff = commands.add_parser("diff", help="print what differs between two recipes after inheritance")
-    for command in (expand, get, plan, diff):
+    for command in (expand, get, state, serve, plan, diff):
         command.add_argument("recipe")
     diff.add_argument("other", help="the second recipe, with the overrides that follow")
     get.add_argument("key", help="a dot goes into a dict or a list: stages.0.steps")
+    get.add_argument("--default", help="what to print when the recipe has no such key")
+    plan.add_argument("--here", action="store_true", help="look at this machine and at output_dir too")
     plan.add_argument("--world-size", "--world_size", type=int, default=1, help="training processes")
     plan.add_argument("--gpus", type=int, help="all GPUs, those of a vLLM server included")
     plan.add_argument("--seconds-per-rollout", type=float, help="measured, for the GPU-hours")
@@ -384,21 +389,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             memory = (args.zero_stage, args.gpu_memory)
             text, problems = make_plan(
-                [args.recipe, *rest], args.world_size, args.gpus, args.seconds_per_rollout, *memory
+                [args.recipe, *rest], args.world_size, args.gpus, args.seconds_per_rollout, *memory, args.here
             )
             print(text)
             if problems:
                 print(f"\n{len(problems)} problem(s):", *(f"- {problem}" for problem in problems), sep="\n")
             return 2 if problems else 0
+        if args.command == "serve":
+            from .plan import serve
+
+            print(serve([args.recipe, *rest]))
+            return 0
         if args.command == "diff":
             print(_describe_differences(load(args.recipe), merge(load(args.other), parse_overrides(rest))))
             return 0
         value: Any = merge(load(args.recipe), parse_overrides(rest))
+        if args.command == "state":
+            from .checkpoints import state as find_state
+
+            value = find_state(value)
         if args.command == "get":
             for part in args.key.split("."):
                 try:
                     value = value[int(part)] if isinstance(value, list) else value[part]
                 except (KeyError, IndexError, ValueError, TypeError):
+                    if args.default is not None:
+                        value = args.default
+                        break
                     raise RecipeError(f"{args.recipe} has no key `{args.key}`.") from None
         print(value if isinstance(value, str) else dump(value).removesuffix("...\n").rstrip("\n"))
         return 0

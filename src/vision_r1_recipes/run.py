@@ -12,6 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from . import checkpoints, preflight, recipe
 from .data import DataReport
+from .preemption import PreemptionCallback
 
 
 # What a reader follows, in this order; everything else is in trainer_state.json and the trackers.
@@ -75,6 +76,8 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
         vars(trainer).update(checkpoints.read(checkpoint)["state"])
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressLine)
+    preemption = PreemptionCallback(trainer)
+    trainer.add_callback(preemption)
     if trainer.accelerator.is_main_process:
         for folder in skipped:
             print(f"{folder} is not complete, a run was killed there: skipped")
@@ -90,12 +93,16 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step < trainer.state.max_steps:
+        newest, _ = checkpoints.wanted("auto", args.output_dir)
         if trainer.accelerator.is_main_process:
+            preemption.file.unlink(missing_ok=True)
             print(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint; "
-                "`--resume_from_checkpoint auto` goes on. The model is saved when the run is finished."
+                f"{'asked to stop: ' * preemption.stopped}stopped at step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}; `--resume_from_checkpoint auto` goes on from "
+                f"{newest.name if newest else 'the start'}. The model is saved when the run is finished."
             )
-        trainer.save_state()
+        if newest and newest.name.endswith(f"-{trainer.state.global_step}"):
+            trainer.save_state()
         return
     trainer.save_model(args.output_dir)
     trainer.accelerator.wait_for_everyone()

@@ -136,6 +136,8 @@ def serve() -> None:
 
     from . import maths
 
+    # A cluster sends it to all processes of a job. The parent may want its answers until the step is done.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cpu_seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the LaTeX parser prints
