@@ -9,12 +9,12 @@ export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo tables bridge-demo test test-fast test-full test-vllm quality format clean
+.PHONY: help install demo tables bridge-demo test test-fast test-slurm test-full test-vllm quality format clean
 help:
 	@echo "make demo       the whole of Vision-R1 in a toy world, on a CPU, in a quarter of an hour"
 	@echo "make tables     the paper's main and PTST tables in the toy world, three seeds, 90 minutes"
 	@echo "make bridge-demo  cold-start data by modality bridging in the toy world, five minutes"
-	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; make test-vllm: rollouts)"
+	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; test-vllm, test-slurm)"
 	@echo "make quality    lint and format check (make format: mend)"
 
 install: $(VENV)/installed
@@ -39,9 +39,12 @@ bridge-demo: install
 	. $(BIN)/activate && python -W ignore -m vision_r1_recipes.bridge run recipes/toy/bridge.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full and not slurm"
 test-fast: install
-	$(BIN)/python -m pytest -m "not full and not slow"
+	$(BIN)/python -m pytest -m "not full and not slurm and not slow"
+# On a SLURM of Debian's packages slurm-wlm and munge, which the tests start and end.
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm
 test-full: install test-vllm
 	$(BIN)/python -m pytest
 # The CPU build of vLLM wants another torch than the rest: an environment of its own. Its own torch wheel fits no

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from runs import RECIPES, STAGES
+from runs import RECIPES, ROOT, STAGES
 
 
 CACHE = tempfile.mkdtemp(prefix="vision-r1-tests-")
@@ -66,3 +69,24 @@ def recipes(toy, tmp_path_factory):
     for name, values in {"grpo": tiny_grpo, "sft": tiny_sft}.items():
         (folder / f"{name}.yaml").write_text(recipe.dump(values))
     return folder
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A real SLURM of two nodes on this machine."""
+    folder, script = tmp_path_factory.mktemp("slurm"), ROOT / "tests/slurm/cluster.sh"
+    started = subprocess.run(["bash", script, "start", folder, "2"], capture_output=True, text=True)
+    if started.returncode:
+        missing = pytest.fail if "SLURM_REQUIRED" in os.environ else pytest.skip
+        missing(f"no SLURM here: {started.stderr.strip()[-200:]}")
+    before = dict(os.environ)
+    os.environ.update(
+        SLURM_CONF=str(folder / "slurm.conf"),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        VENV=sys.prefix,  # of slurm/site.conf
+    )
+    yield
+    subprocess.run("scancel --user=root; sleep 3", shell=True, check=False)
+    subprocess.run(["bash", script, "stop", folder], check=True)
+    os.environ.clear()
+    os.environ.update(before)

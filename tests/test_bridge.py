@@ -468,7 +468,7 @@ def finished_run(toy, tmp_path_factory):
             tmp_path_factory.mktemp("bridge") / "run",
             {"path": str(toy / "rl")},
             url(server),
-            formats=["parquet", "llava_cot", "mulberry"],
+            formats=["llava_cot", "mulberry"],
         )
         run.requests = list(server.answered)
     return run
@@ -602,7 +602,7 @@ def test_what_is_wrong_with_a_recipe_is_told_at_once(tmp_path, toy, monkeypatch)
     for said in ("mllm.base_url", "top_p 2.0", "`api_key`", "did you mean `api_key_env`", "'xml' is none of"):
         assert said in str(error.value)
     del made["reasoner"]["api_key"]
-    made["formats"] = ["parquet"]
+    made["formats"] = ["llava_cot"]
     made = recipe.merge(made, {"mllm": {"base_url": "http://me:pw@host/v1", "top_p": 1.0}})
     with pytest.raises(RecipeError, match="user or password"):
         Run(made)
@@ -929,19 +929,7 @@ def responses(folder, step):
     return found
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    script = ROOT / "tests" / "slurm" / "cluster.sh"
-    started = subprocess.run(["bash", script, "start", tmp_path / "slurm"], capture_output=True, text=True)
-    if started.returncode:
-        pytest.skip(f"no SLURM: {started.stderr.strip()[-200:]}")
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm" / "slurm.conf"))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    yield
-    subprocess.run(["bash", script, "stop", tmp_path / "slurm"], check=True)
-
-
-@pytest.mark.full
+@pytest.mark.slurm
 def test_the_jobs_on_slurm_are_cancelled_and_go_on(tmp_path, toy, finished_run, slurm):
     cluster = {"tasks": 2, "slurm": {"time": "00:10:00", "partition": "test", "mem_per_cpu_gb": 1}}
     made = served_values(tmp_path / "run", toy / "rl", cluster=cluster)

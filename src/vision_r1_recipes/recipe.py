@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -32,6 +33,8 @@ import yaml
 
 PACKAGES = ("trl", "transformers", "accelerate", "datasets", "deepspeed", "peft", "torch", "vllm", "math-verify")
 
+
+SLURM = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 
 # Keys that only one of the entry points knows.
 SCRIPTS = {"grpo.py": ("stages", "prompts_per_rollout"), "sft.py": ("global_batch_size", "freeze_vision")}
@@ -312,7 +315,7 @@ def refuse(message: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and the libraries, and the git commit of this repository and whether it has changes."""
+    """Versions of Python and the libraries, this repository's git commit and whether it has changes, the SLURM job."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -334,6 +337,7 @@ def environment() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": dirty,
         "command": sys.argv,
+        "slurm": {name: value for name, value in os.environ.items() if name in SLURM},
     }
 
 

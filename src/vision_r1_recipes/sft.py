@@ -13,6 +13,7 @@ from pathlib import Path
 # A script's folder comes first on the path, where `evaluate.py` would shadow Hugging Face's `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 from vision_r1_recipes import preflight  # noqa: E402
@@ -22,6 +23,7 @@ from vision_r1_recipes.run import run  # noqa: E402
 from vision_r1_recipes.trainers import VisionSFTTrainer, lora_config  # noqa: E402
 
 
+@record  # torchrun names the process that failed first, and shows its traceback
 def main(argv: list[str]) -> None:
     values, data, args, model = preflight.read(argv, VisionSFTConfig)
     set_seed(args.seed)

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on this machine, as root: `cluster.sh start DIR`, `cluster.sh stop DIR`.
+# A real SLURM on this machine, as root: `cluster.sh start DIR [NODES]`, `cluster.sh stop DIR`. Several nodes are so many
+# slurmd on one host, each with all of its CPUs.
 set -euo pipefail
 command=${1:?start or stop}
 dir=$(realpath -m "${2:?folder for its configuration, state and logs}")
 cpus=$(nproc)
 host=$(hostname -s)
+nodes=$(seq -f 'n%g' -s ' ' "${3:-1}")
 memory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
 
 stop() {
-    for daemon in slurmd slurmctld munged; do
-        pid=$(cat "$dir/$daemon.pid" 2> /dev/null) && kill "$pid" 2> /dev/null && tail --pid="$pid" -f /dev/null
-        rm -f "$dir/$daemon.pid"
+    for file in "$dir"/slurmd*.pid "$dir"/slurmctld.pid "$dir"/munged.pid; do
+        pid=$(cat "$file" 2> /dev/null) && kill "$pid" 2> /dev/null && tail --pid="$pid" -f /dev/null
+        rm -f "$file"
     done
     return 0
 }
@@ -20,7 +22,7 @@ case $command in
         for daemon in slurmctld slurmd munged sbatch; do
             command -v "$daemon" > /dev/null || { echo "$daemon is missing: apt-get install slurm-wlm munge" >&2; exit 1; }
         done
-        mkdir -p "$dir"/{state,spool} /run/munge
+        mkdir -p "$dir/state" /run/munge
         chown munge: /run/munge
         chmod 755 /run/munge
         if [ ! -s /etc/munge/munge.key ]; then
@@ -33,7 +35,8 @@ SlurmctldHost=$host
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-ProctrackType=proctrack/pgid
+AuthInfo=cred_expire=5
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -41,14 +44,17 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 KillWait=5
 StateSaveLocation=$dir/state
-SlurmdSpoolDir=$dir/spool
+SlurmdSpoolDir=$dir/spool-%n
 SlurmctldPidFile=$dir/slurmctld.pid
-SlurmdPidFile=$dir/slurmd.pid
+SlurmdPidFile=$dir/slurmd-%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
-SlurmdLogFile=$dir/slurmd.log
-NodeName=$host CPUs=$cpus RealMemory=$memory State=UNKNOWN
-PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP
+SlurmdLogFile=$dir/slurmd-%n.log
+$(for n in $nodes; do
+            echo "NodeName=$n NodeHostname=$host Port=$((17000 + ${n#n})) CPUs=$cpus RealMemory=$memory State=UNKNOWN"
+        done)
+PartitionName=test Nodes=$(tr ' ' , <<< "$nodes") Default=YES MaxTime=INFINITE State=UP
 CONF
+        for n in $nodes; do grep -q "\s$n\$" /etc/hosts || echo "127.0.0.1 $n" >> /etc/hosts; done
         # munged is another user, who may not look into $dir
         runuser -u munge -- munged --pid-file=/run/munge/munged.pid --log-file=/run/munge/munged.log \
             --socket=/run/munge/munge.socket.2 --key-file=/etc/munge/munge.key
@@ -56,9 +62,9 @@ CONF
         trap stop ERR
         export SLURM_CONF=$dir/slurm.conf
         slurmctld -f "$SLURM_CONF"
-        slurmd -f "$SLURM_CONF"
+        for n in $nodes; do slurmd -f "$SLURM_CONF" -N "$n"; done
         for _ in $(seq 60); do
-            if sinfo -h -o %T 2> /dev/null | grep -q idle; then
+            if [ "$(sinfo -h -N -o %T 2> /dev/null | grep -c idle)" -eq "$(wc -w <<< "$nodes")" ]; then
                 echo "export SLURM_CONF=$SLURM_CONF"
                 exit 0
             fi

@@ -205,7 +205,7 @@ class _Json:
     """Both released schemas `[repo]`, written row by row."""
 
     def __init__(self, draft: Path, formats: list[str]):
-        self.folder, self.formats = draft / "json", [name for name in formats if name in JSON]
+        self.folder, self.formats = draft / "json", formats
         self.files: dict[str, Any] = {}
 
     def __enter__(self) -> _Json:

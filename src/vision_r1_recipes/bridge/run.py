@@ -49,7 +49,7 @@ from .steps import (
 
 # Not the row's fault, or mended without a request: another run is another chance.
 AGAIN = (UNANSWERED, "missing image", "broken image")
-FORMATS = ("parquet", "llava_cot", "mulberry")
+FORMATS = ("llava_cot", "mulberry")
 
 
 @dataclass
@@ -64,7 +64,8 @@ class BridgeConfig:
         prompts (`dict`): Template files of the steps; `pseudo_cot: null` leaves the first step out.
         rules (`str`): A file of `Rules`.
         show_answer (`bool`, *optional*, defaults to `True`): Whether the reasoner is told the answer `[author]`.
-        formats (`list[str]`, *optional*): `parquet`, and the released JSON schemas `llava_cot` and `mulberry`.
+        formats (`list[str]`, *optional*): Released JSON schemas to write beside the parquet
+            shards: `llava_cot`, `mulberry`.
         cluster (`dict`, *optional*): Run the steps as jobs; see `cluster.py`.
     """
 
@@ -75,7 +76,7 @@ class BridgeConfig:
     prompts: dict
     rules: str
     show_answer: bool = True
-    formats: list[str] = field(default_factory=lambda: ["parquet"])
+    formats: list[str] = field(default_factory=list)
     cluster: dict | None = None
 
 

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The whole of Vision-R1 as SLURM jobs that wait for each other: cold start, RL, evaluation. What is complete is left out,
+# so the same command goes on after a failure.
+#
+#   slurm/vision_r1.sh [--toy] [--dry-run] [options for sbatch, like --nodes=8 --time=24:00:00]
+#
+# It writes the commands to runs/slurm/vision_r1/submit.sh, with the resolved recipes beside it, and runs them unless it is
+# a dry run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source slurm/site.conf
+site_environment
+toy='' dry='' nodes=1 options=()
+for argument in "$@"; do
+    case $argument in
+        --toy) toy=yes ;;
+        --dry-run) dry=yes ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+        --nodes=*) nodes=${argument#*=} ;;
+        -*) options+=("$argument") ;;
+        *) echo "error: $argument: options for sbatch are written --name=value" >&2; exit 2 ;;
+    esac
+done
+if [ -n "$toy" ]; then
+    recipes=(recipes/toy/pretrain.yaml recipes/toy/cold_start.yaml recipes/toy/ptst.yaml)
+    evaluate=(runs/toy/data/rl --split test --max_new_tokens 384 --batch_size 120 --buckets 96 192)
+    [ -d runs/toy/data ] || python -W ignore -m vision_r1_recipes.toy runs/toy/data
+else
+    recipes=(recipes/cold_start.yaml recipes/ptst.yaml)
+    evaluate=(Osilly/Vision-R1-rl --split test)
+fi
+folder=runs/slurm/vision_r1${toy:+_toy}
+mkdir -p "$folder"
+script=$folder/submit.sh
+printf '#!/usr/bin/env bash\nset -euo pipefail\ncd %q\n' "$PWD" > "$script"
+previous=
+
+job() { # NAME NODES SCRIPT ARGUMENTS
+    local name=$1 command
+    printf -v command ' %q' sbatch --parsable --job-name="$name" "${options[@]}" --kill-on-invalid-dep=yes --nodes="$2"
+    shift 2
+    [ -z "$previous" ] || command+=" --dependency=afterok:\"\$$previous\""
+    printf -v command '%s%s' "$command" "$(printf ' %q' "$@")"
+    # shellcheck disable=SC2016 # for the script
+    printf '%s=$(%s)\n%s=${%s%%%%;*}\necho "%s: job $%s"\n' "$name" "${command# }" "$name" "$name" "$name" "$name" >> "$script"
+    echo "$name:$command"
+    previous=$name
+}
+
+for recipe in "${recipes[@]}"; do
+    name=$(basename "$recipe" .yaml)
+    state=$(python -W ignore -m vision_r1_recipes.recipe state "$recipe")
+    if [ "$state" = finished ]; then
+        echo "$name: finished"
+        continue
+    fi
+    # A cold start's small batch doesn't spread over all the nodes that RL can use: halve them until it fits.
+    for ((n = nodes, said = 0; n > 0; n /= 2)); do
+        plan=$(python -W ignore -m vision_r1_recipes.recipe plan "$recipe" --gpus $((n * ${SBATCH_GPUS_PER_NODE:-2}))) && break
+        ((said++)) || problem=$plan
+    done
+    if [ "$n" -eq 0 ]; then
+        echo "$problem" >&2
+        exit 2
+    fi
+    python -W ignore -m vision_r1_recipes.recipe expand "$recipe" > "$folder/$name.yaml"
+    job "$name" "$n" slurm/train.slurm "$recipe"
+done
+model=$(python -W ignore -m vision_r1_recipes.recipe get "$recipe" output_dir)
+if [ -z "$previous" ] && [ -f "$model/eval/vision_r1/summary.json" ]; then
+    echo "evaluate: finished, $model/eval/vision_r1/summary.json"
+else
+    job evaluate 1 slurm/evaluate.slurm "$model" "${evaluate[@]}" --output_dir "$model/eval/vision_r1"
+fi
+[ -n "$dry" ] || bash "$script"
