@@ -1,19 +1,22 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # What the batch scripts share. They source it in the repository's root.
 
 say() { echo "$(date '+%F %T') $*"; }
 fail() { echo "error: $*" >&2; exit "${code:-1}"; }
 
-asked=        # set when SLURM wants the machines back
-on_stop() { :; } # each script has its own, called with the last moment, if there is one
+begun=$(date +%FT%T)
+asked=           # set when SLURM wants the machines back
+last_moment=     # until when a run may go on then, if that is known
+on_stop() { :; } # each script has its own
 trap ask_to_stop USR1
 
 source slurm/site.conf
 site_environment || code=2 fail "site_environment in slurm/site.conf failed: is the environment installed?"
+export SLURM_EXPORT_ENV=ALL # the steps need what was set up here
 
 logs=runs/slurm/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs"
-children=()   # process ids of the srun commands
+children=() # process ids of the srun commands
 
 # A command beside the others of this job, on the nodes and with the options given before `--`.
 start() {
@@ -21,8 +24,8 @@ start() {
     while [ "$1" != -- ]; do options+=("$1"); shift; done
     shift
     # SIGUSR1 is for this script: it would end a launcher.
-    srun --overlap --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
-        "${SRUN_OPTIONS[@]}" "${options[@]}" bash -c 'trap "" USR1; exec "$@"' bash "$@" &
+    srun --overlap --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none "${SRUN_OPTIONS[@]}" "${options[@]}" \
+        bash -c 'trap "" USR1; exec "$@"' bash "$@" &
     children+=($!)
 }
 
@@ -33,7 +36,9 @@ here() {
     fi
 }
 
-pause() { sleep "$1" & wait $! || true; }   # which a signal interrupts
+recipe() { here python -W ignore -m vision_r1_recipes.recipe "$1" "$recipe" "${@:2}" "${overrides[@]}"; }
+
+pause() { sleep "$1" & wait $! || true; } # which a signal interrupts
 alive() { kill -0 "$1" 2> /dev/null; }
 
 # The code of one, however often a signal interrupts the waiting.
@@ -51,22 +56,32 @@ end_children() {
 # SLURM takes the machines back soon, or somebody has sent `scancel --batch --signal=USR1`: note it, and the time left.
 ask_to_stop() {
     local end left
-    [ -z "$asked" ] || return 0
     asked=yes
-    last_moment=
-    end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || end=
-    if [[ $end == *T* ]]; then # there may be no limit
-        left=$(($(date -d "$end" +%s) - $(date +%s)))
+    end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || end=
+    [[ $end =~ ^[0-9]+$ ]] || end=${SLURM_JOB_END_TIME:-} # there may be no limit
+    if [ -n "$end" ]; then
+        left=$((end - $(date +%s)))
         say "asked to stop, $left seconds before the end"
-        left=$((left - (left < 80 ? left / 4 : 20)))
+        left=$((left < 0 ? 0 : left - (left < 80 ? left / 4 : 20)))
+        last_moment=$(($(date +%s) + left))
+        stop_timer
         (sleep "$left" && say "out of time" && requeue) & # whatever happens, come back
         timer=$!
-        trap 'kill $timer 2> /dev/null' EXIT
-        last_moment=$(($(date +%s) + left))
     else
         say "asked to stop"
     fi
-    on_stop "$last_moment"
+    on_stop
+}
+
+timer=
+stop_timer() { [ -z "$timer" ] || kill "$timer" 2> /dev/null || true; }
+trap stop_timer EXIT
+
+# Preempted with a grace time, a job's steps get SIGTERM and this script nothing.
+preempted() {
+    local job
+    job=$(SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$SLURM_JOB_ID") || return 1
+    [[ $job =~ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $begun ]]
 }
 
 requeue() {
@@ -82,4 +97,15 @@ check_progress() {
     [ "$(tail -n 4 "$starts" | uniq -c | awk '{print $1}')" != 4 ] || fail \
         "three starts in a row have brought no progress, there is still: $1. A start must last until something is" \
         "saved. Give the job more time, the signal more lead (SBATCH_SIGNAL), or save more often (save_every_rollouts)."
+}
+
+# Nobody else may work on folder `$1`, a job that waits to come back included.
+claim() {
+    local other
+    mkdir -p "$1"
+    other=$(cat "$1/job" 2> /dev/null) || other=
+    if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && squeue --noheader --jobs="$other" 2> /dev/null | grep -q .; then
+        code=2 fail "job $other has $1: wait for it, or scancel it"
+    fi
+    echo "$SLURM_JOB_ID" > "$1/job"
 }

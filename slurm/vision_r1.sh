@@ -17,10 +17,18 @@ for argument in "$@"; do
         --dry-run) dry=yes ;;
         -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
         --nodes=*) nodes=${argument#*=} ;;
+        --gpus-per-node=*) export SBATCH_GPUS_PER_NODE=${argument#*=} ;;
+        -N* | -G* | --gpus=* | --gres=*)
+            echo "error: $argument: write --nodes=N and --gpus-per-node=N, from which the jobs are planned" >&2
+            exit 2
+            ;;
         -*) options+=("$argument") ;;
         *) echo "error: $argument: options for sbatch are written --name=value" >&2; exit 2 ;;
     esac
 done
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || { echo "error: --nodes=$nodes: needs one number" >&2; exit 2; }
+gpus=${SBATCH_GPUS_PER_NODE:-$PROCESSES_PER_NODE}
+gpus=${gpus##*:} # a type may come first
 if [ -n "$toy" ]; then
     recipes=(recipes/toy/pretrain.yaml recipes/toy/cold_start.yaml recipes/toy/ptst.yaml)
     evaluate=(runs/toy/data/rl --split test --max_new_tokens 384 --batch_size 120 --buckets 96 192)
@@ -37,9 +45,10 @@ previous=
 
 job() { # NAME NODES SCRIPT ARGUMENTS
     local name=$1 command
-    printf -v command ' %q' sbatch --parsable --job-name="$name" "${options[@]}" --kill-on-invalid-dep=yes --nodes="$2"
+    printf -v command ' %q' sbatch --parsable --job-name="vision_r1-$name" "${options[@]}" --nodes="$2"
     shift 2
-    [ -z "$previous" ] || command+=" --dependency=afterok:\"\$$previous\""
+    # singleton: the same command given again waits for what it has submitted before, and finds it finished.
+    command+=" --kill-on-invalid-dep=yes --dependency=${previous:+afterok:\"\$$previous\",}singleton"
     printf -v command '%s%s' "$command" "$(printf ' %q' "$@")"
     # shellcheck disable=SC2016 # for the script
     printf '%s=$(%s)\n%s=${%s%%%%;*}\necho "%s: job $%s"\n' "$name" "${command# }" "$name" "$name" "$name" "$name" >> "$script"
@@ -56,7 +65,7 @@ for recipe in "${recipes[@]}"; do
     fi
     # A cold start's small batch doesn't spread over all the nodes that RL can use: halve them until it fits.
     for ((n = nodes, said = 0; n > 0; n /= 2)); do
-        plan=$(python -W ignore -m vision_r1_recipes.recipe plan "$recipe" --gpus $((n * ${SBATCH_GPUS_PER_NODE:-2}))) && break
+        plan=$(python -W ignore -m vision_r1_recipes.recipe plan "$recipe" --gpus $((n * gpus))) && break
         ((said++)) || problem=$plan
     done
     if [ "$n" -eq 0 ]; then

@@ -134,11 +134,29 @@ def test_the_state_of_a_run(recipes, tmp_path, capsys):
     sft.main(run)
     assert state() == "finished"
     assert state("--report_to", "none") == "finished"  # which changes nothing of the science
+    assert state("--warmup_steps", "[0.05]") == "finished"  # one item, as some keys are saved
     assert state("--learning_rate", "1.0") == "another run, finished"
     (tmp_path / "trainer_state.json").unlink()
     assert state() == "checkpoint-2"
     (tmp_path / "checkpoint-2/trainer_state.json").unlink()
     assert state() == "checkpoint-1"
+
+
+def test_a_finished_run_that_was_extended_and_killed_is_not_finished(recipes, tmp_path, before_step, capsys):
+    stage = {"max_completion_length": 8, "num_generations": 8, "steps": 1}
+    run = [str(recipes / "grpo.yaml"), *SAVES["grpo"], "--output_dir", str(tmp_path), "--stages"]
+    MAIN["grpo"]([*run, str([stage])])
+    longer = [*run, str([stage] * 3), "--resume_from_checkpoint", "auto"]
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    before_step(3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        MAIN["grpo"](longer)
+    capsys.readouterr()
+    recipe.main(["state", *longer])
+    assert capsys.readouterr().out.splitlines()[-1] == "checkpoint-2"
 
 
 def test_what_is_pushed_is_finished(recipes, tmp_path):

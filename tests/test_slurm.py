@@ -72,11 +72,11 @@ def test_a_dry_run_writes_what_would_be_submitted(home):
     said = subprocess.run(run, cwd=home, env=environment, capture_output=True, text=True, check=True).stdout
     cold_start, *others = said.splitlines()
     assert cold_start.startswith("cold_start: sbatch ") and "--nodes=4" in cold_start  # 32 rows on 32 GPUs, not on 64
-    assert [line.partition(" slurm/")[0].split()[-2] for line in others] == ["--nodes=8", "--nodes=1"]
+    assert ["--nodes=8 " in others[0], "--nodes=1 " in others[1]] == [True, True]
     folder = home / "runs/slurm/vision_r1"
     assert recipe.load(folder / "ptst.yaml") == recipe.load(ROOT / "recipes/ptst.yaml")
     script = (folder / "submit.sh").read_text()
-    assert '--dependency=afterok:"$ptst"' in script and r"--comment=a\ b" in script
+    assert '--dependency=afterok:"$ptst",singleton' in script and r"--comment=a\ b" in script
     (home / "bin").mkdir()
     (home / "bin/sbatch").write_text('#!/bin/sh\necho "$@" >> submitted\nwc -l < submitted\n')
     (home / "bin/sbatch").chmod(0o755)
@@ -84,8 +84,8 @@ def test_a_dry_run_writes_what_would_be_submitted(home):
     said = subprocess.run(["bash", folder / "submit.sh"], env=path, capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["cold_start: job 1", "ptst: job 2", "evaluate: job 3"]
     submitted = (home / "submitted").read_text().splitlines()
-    assert "--dependency=afterok:1 slurm/train.slurm recipes/ptst.yaml" in submitted[1]
-    assert "--dependency=afterok:2 slurm/evaluate.slurm runs/ptst" in submitted[2]
+    assert "--dependency=afterok:1,singleton slurm/train.slurm recipes/ptst.yaml" in submitted[1]
+    assert "--dependency=afterok:2,singleton slurm/evaluate.slurm runs/ptst" in submitted[2]
 
 
 class Job:
@@ -209,6 +209,18 @@ def test_a_typo_ends_the_job_before_anything_is_started(slurm, home):
     assert "error: no recipe at" in job.log.splitlines()[-1]
 
 
+def test_a_run_that_is_told_to_stay_away_does_not_come_back_and_nobody_else_takes_its_folder(slurm, home):
+    folder = home / "runs/stopped"
+    job = Job(home, "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    job.wait(lambda: steps_saved(folder) >= 2)
+    other = Job(home, "--exclusive=user", "--nodelist=n2", "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    assert other.end() == "FAILED" and f"error: job {job.number} has {folder}" in other.log
+    (folder / "stop").touch()
+    assert job.end() == "FAILED"  # what waits for its model must not start
+    assert job.log.endswith("error: the run was stopped before its end: sbatch it again to go on\n")
+    assert not (folder / "model.safetensors").exists()
+
+
 def test_a_rank_that_dies_is_named_with_its_last_lines(slurm, home):
     folder = home / "runs/dying"
     job = Job(home, "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
@@ -239,7 +251,7 @@ def test_without_its_rollout_server_the_job_ends(slurm, home, tmp_path, server):
         (tmp_path / "bin/trl").chmod(0o755)
         activate += f'export PATH="{tmp_path}/bin:$PATH"\n'
     (tmp_path / "bin/activate").write_text(activate)
-    use_server = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_max_model_length", "448"]
+    use_server = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_max_model_length", "640"]
     job = Job(
         home,
         *("slurm/train.slurm", "grpo.yaml", "--output_dir", f"runs/{tmp_path.name}", *use_server),

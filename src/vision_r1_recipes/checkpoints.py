@@ -120,9 +120,18 @@ def state(values: Mapping[str, Any]) -> str:
     """What there is of the run of a recipe: `finished`, the newest complete checkpoint's name, or `nothing`."""
     folder = Path(str(values.get("output_dir")))
     if finished(folder) and (folder / "recipe.yaml").is_file():
-        return "finished" if identity(load(folder / "recipe.yaml")) == identity(values) else "another run, finished"
+        before, now = (_plain(identity(recipe)) for recipe in (load(folder / "recipe.yaml"), values))
+        # More stages are no other run, but one that is not finished.
+        same = before == now or (before.get("stages") == now.get("stages") and not changes(before, now))
+        return "finished" if same else "another run, finished"
     newest, _ = wanted("auto", folder)
     return newest.name if newest else "nothing"
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """With lists of one item, as which a run saves a single value, undone."""
+    single = {k: v[0] for k, v in values.items() if isinstance(v, list) and len(v) == 1 and not isinstance(v[0], dict)}
+    return {**values, **single}
 
 
 def identity(values: Mapping[str, Any], **launch: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class PreemptionCallback(TrainerCallback):
             return self.terminated_at + GRACE - time()
         try:
             content = self.file.read_text()
-        except FileNotFoundError:
+        except OSError:  # not there; or a network disk that will say so at the next step
             return None
         try:
             return float(content) - time()

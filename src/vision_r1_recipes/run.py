@@ -88,6 +88,7 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
             os.rename(args.output_dir, aside)
             Path(args.output_dir, "completions").mkdir(parents=True)  # TRL has made it and will write there
             print(f"{args.output_dir} held a run that had ended: moved to {aside}")
+        Path(args.output_dir, "trainer_state.json").unlink(missing_ok=True)  # of what goes on: not finished any more
         recipe.save(values, args.output_dir, **world)
         report.save(Path(args.output_dir, "data_report.json"))
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written

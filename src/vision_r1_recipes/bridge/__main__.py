@@ -11,6 +11,7 @@ python -m vision_r1_recipes.bridge show runs/bridge ID                         #
 from __future__ import annotations
 
 import argparse
+import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -59,6 +60,8 @@ if __name__ == "__main__":
     with preflight.kind_errors():
         try:
             sys.exit(main())
+        except sqlite3.Error as error:
+            raise RecipeError(f"the journal can't be read: {error}.") from error
         except KeyboardInterrupt:
             sys.exit("stopped; what was answered is kept. Run the same command again to go on.")
         except OSError as error:

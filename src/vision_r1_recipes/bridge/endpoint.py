@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -31,7 +32,6 @@ from .steps import REFUSED, UNANSWERED, Generation, Messages, Rejected
 
 
 BACK_OFF, MAX_BACK_OFF, MAX_RETRY_AFTER = 0.5, 60.0, 300.0  # seconds
-MAX_REFUSED = 20  # requests, without one that was accepted
 FINISHED = ("stop", "length", "content_filter")
 POLL = 0.5  # seconds between two looks at a server that starts
 
@@ -55,6 +55,8 @@ class EndpointConfig:
             Limits. Tokens are those of prompts and completions; before a response is there, their mean so far counts.
         timeout (`float`, *optional*, defaults to 1800): Seconds for one request.
         max_retries (`int`, *optional*, defaults to 8): Of one request, while others succeed.
+        max_refused (`int`, *optional*, defaults to 20):
+            Requests refused in a row until the run stops, and takes these verdicts back: it is hardly the rows' fault.
         server_timeout (`float`, *optional*, defaults to 900):
             Seconds without a single success until the server counts as gone; also to wait for `serve` to be ready.
         serve (`str`, *optional*):
@@ -74,6 +76,7 @@ class EndpointConfig:
     tokens_per_minute: float | None = None
     timeout: float = 1800.0
     max_retries: int = 8
+    max_refused: int = 20
     server_timeout: float = 900.0
     serve: str | None = None
 
@@ -84,7 +87,18 @@ class EndpointConfig:
             found.append(f"`{where}.base_url`: {self.base_url!r} is no URL, for example http://localhost:8000/v1.")
         if url.password or url.username:
             found.append(f"`{where}.base_url` holds a user or password: use `api_key_env`.")
-        for name in ("max_tokens", "concurrency", "requests_per_minute", "tokens_per_minute", "timeout"):
+        if url.query or url.fragment:
+            found.append(f"`{where}.base_url` holds a query or fragment: a key goes into `api_key_env`.")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):
+            found.append(f"`{where}.api_key_env` is no name of an environment variable; the key itself stays out.")
+        for name in (
+            "max_tokens",
+            "max_refused",
+            "concurrency",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "timeout",
+        ):
             if (value := getattr(self, name)) is not None and value <= 0:
                 found.append(f"`{where}.{name}`: {value}, needs to be over 0.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -95,9 +109,11 @@ class EndpointConfig:
 
     def key(self) -> str:
         """The API key, empty where none is named; raises [`RecipeError`] when it is not in the environment."""
-        key = os.environ.get(self.api_key_env or "", "")
+        key = os.environ.get(self.api_key_env or "", "").strip()
         if self.api_key_env and not key:
             raise RecipeError(f"`api_key_env`: {self.api_key_env} is not set in the environment.")
+        if not re.fullmatch(r"[!-~]*", key):
+            raise RecipeError(f"`api_key_env`: {self.api_key_env} holds a blank or another character that no key has.")
         return key
 
     @property
@@ -190,7 +206,7 @@ class Endpoint:
                     pause = min(MAX_BACK_OFF, BACK_OFF * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
                     await asyncio.sleep(max(pause, min(failure.retry_after, MAX_RETRY_AFTER)))
                     continue
-                self.last_success, self.given_up = time.monotonic(), 0
+                self.last_success, self.given_up, self.refused = time.monotonic(), 0, 0
                 tokens = generation.prompt_tokens + generation.completion_tokens
                 self.used, self.answered = self.used + tokens, self.answered + 1
                 self.tokens.left += expected - tokens
@@ -205,15 +221,18 @@ class Endpoint:
     async def _send(self, name: str, messages: Messages) -> Any:
         config = self.config
         try:
-            return await self.client.chat.completions.create(
-                model=config.model,
-                messages=messages,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_tokens=config.max_tokens,
-                extra_body=config.extra_body,
-                extra_headers={"X-Request-Id": f"{quote(name)}/{uuid.uuid4().hex[:8]}"},  # vLLM refuses one twice
-            )
+            async with asyncio.timeout(config.timeout):  # the client's own begins again with every byte
+                return await self.client.chat.completions.create(
+                    model=config.model,
+                    messages=messages,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_tokens=config.max_tokens,
+                    extra_body=config.extra_body,
+                    extra_headers={"X-Request-Id": f"{quote(name)}/{uuid.uuid4().hex[:8]}"},  # vLLM refuses one twice
+                )
+        except TimeoutError:
+            raise _Passing(f"no response within {config.timeout:g} s") from None
         except openai.NotFoundError as error:
             raise RecipeError(
                 f"`model`: {config.base_url} has no {config.model}: {self._clean(error)}{await self._served()}"
@@ -224,7 +243,7 @@ class Endpoint:
             raise _Passing(f"no valid response: {self._clean(error)}", answered=True) from None
         except openai.APIConnectionError as error:
             raise _Passing(self._clean(error.__cause__ or error)) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Passing(f"no valid JSON: {self._clean(error)}", answered=True) from None
 
     def _judged(self, name: str, error: openai.APIStatusError) -> Exception:
@@ -232,19 +251,22 @@ class Endpoint:
         status, said = error.status_code, f"{error.status_code}: {self._clean(error)}"
         if status in (408, 409, 429) or status >= 500:
             wait = error.response.headers.get("retry-after", "")
-            retry_after = float(wait) if wait.replace(".", "", 1).isdigit() else 0.0
+            retry_after = float(wait) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", wait) else 0.0
             return _Passing(said, retry_after, answered=status == 500)
         if status in (401, 402) or (status == 403 and not self.answered):
             fix = f"Is {self.config.api_key_env} right?" if self.config.api_key_env else "Set `api_key_env`."
             return RecipeError(f"{self.config.base_url} refuses access: {said} {fix if status != 402 else ''}".strip())
         self.refused += 1
-        if not self.answered and self.refused >= MAX_REFUSED:
-            return AllRefused(f"{self.config.base_url} has refused the first {self.refused} requests: {said}")
+        if self.refused >= self.config.max_refused:
+            return AllRefused(
+                f"{self.config.base_url} has refused {self.refused} requests in a row: {said}. Nothing is lost: see "
+                "to it, then run the same command again; if these rows are like that, raise `max_refused`."
+            )
         return Rejected(REFUSED, f"{name}: {said}")
 
     def _parse(self, response: Any) -> Generation:
         if not isinstance(response, ChatCompletion) or not response.choices:
-            raise _Passing("a response without choices", answered=True)
+            raise _Passing(f"a response without choices: {self._clean(response)}"[:300], answered=True)
         try:
             message, usage = response.choices[0].message, response.usage
             extra = message.model_extra or {}
@@ -252,10 +274,10 @@ class Endpoint:
                 _writable(message.content),
                 _writable(extra.get("reasoning_content") or extra.get("reasoning")),
                 finish_reason=response.choices[0].finish_reason or "stop",
-                prompt_tokens=(usage and usage.prompt_tokens) or 0,
-                completion_tokens=(usage and usage.completion_tokens) or 0,
+                prompt_tokens=_count(usage and usage.prompt_tokens),
+                completion_tokens=_count(usage and usage.completion_tokens),
             )
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, TypeError, KeyError) as error:
             raise _Passing(f"no valid response: {error}", answered=True) from None
         if generation.finish_reason not in FINISHED:
             raise _Passing(f"finish_reason is {generation.finish_reason}", answered=True)
@@ -275,7 +297,7 @@ class Endpoint:
 
 
 class AllRefused(RecipeError):
-    """Not one of the first requests was accepted: it is the recipe's fault, not the rows'."""
+    """Not one of the last requests was accepted: it is hardly the rows' fault."""
 
 
 class _Passing(Exception):
@@ -284,6 +306,10 @@ class _Passing(Exception):
     def __init__(self, message: str, retry_after: float = 0.0, answered: bool = False):
         super().__init__(message)
         self.retry_after, self.answered = retry_after, answered
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 2**40 else 0
 
 
 def _writable(text: str | None) -> str:
@@ -300,7 +326,9 @@ def _with_pictures(messages: Messages) -> Messages:
         data = content["image"]["bytes"]
         if data is None:
             data = Path(content["image"]["path"]).read_bytes()
-        mime = Image.MIME[Image.open(io.BytesIO(data)).format]
+        kind = Image.open(io.BytesIO(data)).format
+        if (mime := Image.MIME.get(kind)) is None:
+            raise Rejected("unsupported image format", str(kind))
         return {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{base64.b64encode(data).decode()}"}}
 
     return [

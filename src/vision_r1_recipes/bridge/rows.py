@@ -74,6 +74,9 @@ class Sources:
             turns, answer, images = convert(raw)
         except Drop as drop:
             return Row(position, key, name, "", "", digest=_digest(key)), Rejected(drop.reason, drop.detail)
+        except (KeyError, TypeError, AttributeError) as error:
+            malformed = Rejected("malformed row", f"{type(error).__name__}: {error}")
+            return Row(position, key, name, "", "", digest=_digest(key)), malformed
         text = "\n".join(text for role, text in turns if role == "user")
         if "conversations" in raw or "completion" in raw:
             stated = [found for pattern in _CONCLUSIONS for found in re.findall(pattern, answer, re.DOTALL)]

@@ -101,7 +101,7 @@ def finish(row: Row, generation: Generation, rules: Rules) -> tuple[str, list[st
     if conclusion := contradiction(reasoning, answer):
         raise Rejected("contradiction", f"the reasoning ends at {conclusion!r}, the answer is {answer!r}")
     mended, repairs = repair(reasoning, rules.replace)
-    if repairs and doubled(mended) > doubled(reasoning):
+    if repairs and doubled(mended) - doubled(reasoning):
         raise Rejected("doubled words", "; ".join(repairs))
     for rule in ("names_the_answer", "names_the_text"):
         if found := first_match(getattr(rules, rule), mended):
@@ -171,20 +171,24 @@ def repair(text: str, replacements: Sequence[dict[str, str]]) -> tuple[str, list
     """
     `text` with each pattern replaced in order, and a list of `old -> new`.
 
-    A replacement takes over the capital of what it replaces, and drops its first or last word where the text beside it
-    has that word already ("shows" before "shows").
+    A replacement takes over the capital of what it replaces, and drops its first or last words where the text beside
+    it has them already ("shows" before "shows").
     """
     repairs: list[str] = []
     for item in replacements:
 
         def swap(match: re.Match, replacement: str = item["with"]) -> str:
             words = match.expand(replacement).split()
-            before = re.search(r"(\w+)\s+$", match.string[max(0, match.start() - 40) : match.start()])
-            after = re.match(r"\s+(\w+)", match.string[match.end() : match.end() + 40])
-            if before and len(words) > 1 and words[0].lower() == before[1].lower():
-                words = words[1:]
-            if after and len(words) > 1 and words[-1].lower() == after[1].lower():
-                words = words[:-1]
+            before = match.string[max(0, match.start() - 200) : match.start()].lower().split()
+            after = match.string[match.end() : match.end() + 200].lower().split()
+            for n in range(min(len(words) - 1, len(before)), 0, -1):
+                if [word.lower() for word in words[:n]] == before[-n:]:
+                    words = words[n:]
+                    break
+            for n in range(min(len(words) - 1, len(after)), 0, -1):
+                if [word.lower() for word in words[-n:]] == [re.sub(r"\W+$", "", word) for word in after[:n]]:
+                    words = words[:-n]
+                    break
             new = " ".join(words)
             if match[0][0].isupper():
                 new = new[:1].upper() + new[1:]
@@ -195,11 +199,12 @@ def repair(text: str, replacements: Sequence[dict[str, str]]) -> tuple[str, list
     return text, repairs
 
 
-def doubled(text: str) -> int:
-    """How many times one, two or three words are followed by the same words."""
+def doubled(text: str) -> Counter[tuple[str, ...]]:
+    """The phrases of up to eight words that are followed by the same words, and how often each is."""
     words = re.findall(r"\w+|[^\w\s]+", text.lower())
-    return sum(
-        words[i : i + n] == words[i + n : i + 2 * n] and all(w.isalpha() for w in words[i : i + n])
-        for n in (1, 2, 3)
+    return Counter(
+        tuple(words[i : i + n])
+        for n in range(1, 9)
         for i in range(len(words) - 2 * n + 1)
+        if words[i : i + n] == words[i + n : i + 2 * n] and all(word.isalpha() for word in words[i : i + n])
     )

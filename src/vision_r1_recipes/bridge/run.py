@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sqlite3
 import time
@@ -125,11 +126,19 @@ class Run:
             `RecipeError`: the run was begun with other settings that its responses depend on.
         """
         path = self.folder / "identity.json"
-        if path.is_file() and (changed := recipe.differences(json.loads(path.read_text()), self.identity)):
+        before = self.identity
+        if path.is_file():
+            try:
+                before = json.loads(path.read_text())
+            except ValueError:
+                raise RecipeError(f"{path} can't be read: name a new output_dir, or restore it.") from None
+        if changed := recipe.differences(before, self.identity):
             listed = "\n".join(f"`{key}`: was {old!r}, is {new!r}" for key, (old, new) in changed.items())
             raise RecipeError(f"{self.folder} was begun with other settings: name a new output_dir.\n{listed}")
         recipe.save(self.values, self.folder)
-        path.write_text(json.dumps(self.identity, indent=2) + "\n")
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(self.identity, indent=2) + "\n")
+        os.replace(draft, path)
         (self.folder / "rules.yaml").write_text(recipe.dump(recipe.load(self.config.rules)), encoding="utf-8")
         for step, source in self.prompts.sources.items():
             (self.folder / f"{step}.jinja").write_text(source, encoding="utf-8")
@@ -167,10 +176,12 @@ class Run:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does: it ends the requests and the servers that were started."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Inside, SIGTERM and SIGHUP do what Ctrl-C does: end the requests and the servers that were started."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if before[signal.SIGHUP] != signal.SIG_IGN:  # no nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
