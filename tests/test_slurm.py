@@ -45,8 +45,8 @@ def home(tmp_path_factory):
                 "datasets": [{"path": "world/rl"}],
                 **{"eval_datasets": None, "eval_every_rollouts": None},
                 "stages": [
-                    {"max_completion_length": 96, "num_generations": 8, "steps": 8},
-                    {"max_completion_length": 192, "num_generations": 4, "steps": 8},
+                    {"max_completion_length": 96, "num_generations": 8, "steps": 12},
+                    {"max_completion_length": 192, "num_generations": 4, "steps": 12},
                 ],
                 **{"prompts_per_update": 4, "per_device_train_batch_size": 16},
                 **{"save_every_rollouts": 1, "save_total_limit": 2},
@@ -143,7 +143,7 @@ def test_two_ranks_and_a_finished_run_is_not_trained_again(whole, home):
     assert environment["num_processes"] == 2 and environment["git_commit"]
     assert environment["slurm"]["SLURM_JOB_ID"] == whole.number
     rewards = [row["reward"] for row in trace(home / "runs/whole")[:-1]]
-    assert len(rewards) == 16 and len(set(rewards)) > 4
+    assert len(rewards) == 24 and len(set(rewards)) > 4
     for rank in "01":
         assert list((home / f"runs/slurm/{whole.number}/0").glob(f"*/attempt_0/{rank}/stderr.log"))
     before = (home / "runs/whole/model.safetensors").stat().st_mtime_ns
@@ -159,7 +159,7 @@ def same_as(home: Path, folder: Path) -> None:
     assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("way, times", [("requeue", 4), ("signal", 3)])
+@pytest.mark.parametrize("way, times", [("requeue", 4), ("signal", 5)])
 def test_preempted_at_random_moments(whole, home, way, times):
     """`scontrol requeue` leaves five seconds, `scancel --signal` as long as the run likes."""
     rng, folder = random.Random(way), home / f"runs/{way}"
@@ -276,7 +276,7 @@ def test_two_nodes(slurm, home):
     assert job.about("Restarts") == "1" and "going on from" in job.log
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["num_processes"] == 2 and environment["distributed_type"] == "DEEPSPEED ZeRO-3"
-    assert len(trace(folder)) == 17
+    assert len(trace(folder)) == 25
 
 
 def test_the_bridge_is_preempted_and_comes_back(slurm, home):
