@@ -51,14 +51,19 @@ def whole(recipes, tmp_path_factory):
 @pytest.mark.parametrize(
     "kind, step, content, stops_at, goes_on_from",
     [
-        ("grpo", 3, ALWAYS, 4, 4),
-        ("grpo", 3, "in an hour", 4, 4),
         ("grpo", 3, NO_MORE, 3, 2),
-        ("grpo", 1, NO_MORE, 1, None),
-        ("grpo", 4, NO_MORE, 4, 4),
-        ("grpo", 3, "SIGTERM", 4, 4),
-        ("sft", 3, NO_MORE, 3, 3),
         ("sft", 3, "SIGTERM", 3, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("grpo", 3, ALWAYS, 4, 4),
+                ("grpo", 3, "in an hour", 4, 4),
+                ("grpo", 1, NO_MORE, 1, None),
+                ("grpo", 4, NO_MORE, 4, 4),
+                ("grpo", 3, "SIGTERM", 4, 4),
+                ("sft", 3, NO_MORE, 3, 3),
+            ]
+        ),
     ],
 )
 def test_a_run_stops_when_asked_and_comes_back(
