@@ -1017,7 +1017,7 @@ def test_the_jobs_on_slurm_are_cancelled_and_go_on(tmp_path, toy, finished_run, 
     cluster = {"tasks": 2, "slurm": {"time": "00:10:00", "partition": "test", "mem_per_cpu_gb": 1}}
     made = served_values(tmp_path / "run", toy / "rl", cluster=cluster)
     for name in ("mllm", "reasoner"):
-        made[name]["serve"] += " --latency 0.5"
+        made[name]["serve"] += " --latency 1.0"
         made[name]["concurrency"] = 2
     path = written(tmp_path / "recipe.yaml", made)
 
