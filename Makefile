@@ -44,7 +44,7 @@ test-fast: install
 	$(BIN)/python -m pytest -m "not full and not slurm and not slow"
 # On a SLURM of Debian's packages slurm-wlm and munge, which the tests start and end.
 test-slurm: install
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -m "slurm and not full"
 test-full: install test-vllm
 	$(BIN)/python -m pytest
 # The CPU build of vLLM wants another torch than the rest: an environment of its own. Its own torch wheel fits no

@@ -12,7 +12,7 @@ misses information, changes language, goes in circles, contradicts itself. `toy-
 world without an error. What is asked alike is answered alike.
 
 `--faults 0.2` makes a share of the requests fail, in eight ways; `--refuse 0.02` answers a share of the prompts with
-400, always; `--log FILE` gets a line for each request that was answered in full.
+400, always; `--log FILE` gets a line for each request that is answered in full.
 """
 
 from __future__ import annotations
@@ -222,9 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "half a body":
             self._send(200, data, half=True)
             return self._reset()
-        self._send(200, data)
-        if fault in (None, "slow"):
+        if fault in (None, "slow"):  # before it is sent: a killed server would not get to it afterwards
             self.server.note(self.headers.get("X-Request-Id", "").rpartition("/")[0], received)
+        self._send(200, data)
 
     def _send(self, status, body, headers=None, half=False):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
