@@ -274,6 +274,7 @@ def test_bad_input(world, tmp_path):
         ev.evaluate(str(tmp_path / "incomplete"), data)
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path):
     run = subprocess.run(
         [sys.executable, ev.__file__, str(tmp_path / "nowhere"), str(tmp_path)], capture_output=True, text=True

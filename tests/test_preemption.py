@@ -48,22 +48,18 @@ def whole(recipes, tmp_path_factory):
 
 
 # Two updates make a rollout of the GRPO recipe.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, step, content, stops_at, goes_on_from",
     [
+        ("grpo", 3, ALWAYS, 4, 4),
+        ("grpo", 3, "in an hour", 4, 4),
         ("grpo", 3, NO_MORE, 3, 2),
+        ("grpo", 1, NO_MORE, 1, None),
+        ("grpo", 4, NO_MORE, 4, 4),
+        ("grpo", 3, "SIGTERM", 4, 4),
+        ("sft", 3, NO_MORE, 3, 3),
         ("sft", 3, "SIGTERM", 3, 3),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("grpo", 3, ALWAYS, 4, 4),
-                ("grpo", 3, "in an hour", 4, 4),
-                ("grpo", 1, NO_MORE, 1, None),
-                ("grpo", 4, NO_MORE, 4, 4),
-                ("grpo", 3, "SIGTERM", 4, 4),
-                ("sft", 3, NO_MORE, 3, 3),
-            ]
-        ),
     ],
 )
 def test_a_run_stops_when_asked_and_comes_back(
@@ -111,6 +107,7 @@ def test_a_rollout_is_finished_only_if_there_is_time(tmp_path):
     assert verdicts == [[save, go_on, go_on, go_on], [save, go_on, go_on, leave]]
 
 
+@pytest.mark.slow
 def test_asked_in_its_last_step_a_run_finishes(recipes, tmp_path, before_step, whole):
     before_step(6, lambda callback: callback.file.write_text(NO_MORE))
     MAIN["sft"]([str(recipes / "sft.yaml"), *SAVES["sft"], "--output_dir", str(tmp_path)])

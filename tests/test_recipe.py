@@ -405,6 +405,7 @@ def test_plan_says_what_bounds_the_memory(capsys):
     assert "reference" not in out
 
 
+@pytest.mark.slow
 def test_plan_splits_gpus_with_a_server(capsys):
     server = ("--vllm_mode", "server", "--vllm_tensor_parallel_size", "4")
     path = ROOT / "recipes" / "ptst.yaml"

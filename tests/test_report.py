@@ -313,6 +313,7 @@ def test_bad_input(tmp_path, evals, monkeypatch):
         report.main([evals[1], *out])
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path):
     run = subprocess.run([sys.executable, report.__file__, "x=nowhere"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.strip().endswith("Give a run or an evaluation, or label=folder.")

@@ -83,6 +83,7 @@ def test_every_rollout_has_its_stage(recipes, toy, tmp_path, monkeypatch):
     assert recipe.load(tmp_path / "recipe.yaml")["stages"] == STAGES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_pictures_once_per_prompt_change_nothing(recipes, tmp_path, monkeypatch, rewarding, iterations):
     """
@@ -128,6 +129,7 @@ def test_no_prompt_is_lost(rows, prompts, processes):
 
 # GRPO: stage edges after steps 4 and 6, a pass over the rows ends inside the rollout of steps 5 and 6. SFT: an epoch
 # ends after step 4.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, steps", [pytest.param("grpo", (2, 4, 6, 8), marks=pytest.mark.slow), ("sft", (2, 4, 5))]
 )
@@ -169,6 +171,7 @@ def test_chained_runs_are_one_run(recipes, tmp_path, rewarding):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_another_run_is_not_resumed(recipes, toy, tmp_path, rewarding):
     run = [str(recipes / "grpo.yaml"), *SAVES["grpo"], "--output_dir", str(tmp_path)]
     grpo.main([*run, "--stop_after_rollouts", "1"])
@@ -204,6 +207,7 @@ def test_a_finished_run_is_moved_aside(recipes, tmp_path, capsys):
         sft.main([*run, "--seed", "2", "--resume_from_checkpoint", "auto"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_completions_is_moved_aside(recipes, tmp_path):
     run = [str(recipes / "grpo.yaml"), "--log_completions", "true", "--num_completions_to_print", "0"]
     for _ in range(2):
@@ -312,6 +316,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(recipes, tmp_path, kind
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_of_another_model_is_refused(recipes, toy, tmp_path, tied):
     from vision_r1_recipes import toy as world
@@ -347,6 +352,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_sft_learns_and_freezes(recipes, toy, tmp_path, frozen):
     sft.main(
@@ -382,6 +388,7 @@ def test_loss_is_on_the_completion_only(recipes, tmp_path, monkeypatch):
             assert torch.equal(row[target != -100], target[target != -100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.slow), "sft"])
 def test_lora_leaves_the_vision_tower_alone(recipes, tmp_path, kind, monkeypatch):
     monkeypatch.setitem(grpo.REWARDS, "hfrrf", [length_is_even])  # an untrained model never scores
@@ -482,6 +489,7 @@ def rows_like_trls(toy, layout: str):
     return processor, Dataset.from_list(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, staged",
     [
