@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make demo       the whole of Vision-R1 in a toy world, on a CPU, in a quarter of an hour"
 	@echo "make tables     the paper's main and PTST tables in the toy world, three seeds, 90 minutes"
-	@echo "make bridge-demo  cold-start data by modality bridging in the toy world, five minutes"
+	@echo "make bridge-demo  cold-start data by modality bridging in the toy world, a few minutes"
 	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; test-vllm, test-slurm)"
 	@echo "make quality    lint and format check (make format: mend)"
 

@@ -84,7 +84,7 @@ def test_every_rollout_has_its_stage(recipes, toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("iterations", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("iterations", ["1", "2"])
 def test_pictures_once_per_prompt_change_nothing(recipes, tmp_path, monkeypatch, rewarding, iterations):
     """
     TRL's own handling, every row's pictures processed twice, kept on the device and looked at for each row, gives the
@@ -130,9 +130,7 @@ def test_no_prompt_is_lost(rows, prompts, processes):
 # GRPO: stage edges after steps 4 and 6, a pass over the rows ends inside the rollout of steps 5 and 6. SFT: an epoch
 # ends after step 4.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, steps", [pytest.param("grpo", (2, 4, 6, 8), marks=pytest.mark.slow), ("sft", (2, 4, 5))]
-)
+@pytest.mark.parametrize("kind, steps", [("grpo", (2, 4, 6, 8)), ("sft", (2, 4, 5))])
 @pytest.mark.parametrize(
     "peft",
     [
@@ -389,7 +387,7 @@ def test_loss_is_on_the_completion_only(recipes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.slow), "sft"])
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
 def test_lora_leaves_the_vision_tower_alone(recipes, tmp_path, kind, monkeypatch):
     monkeypatch.setitem(grpo.REWARDS, "hfrrf", [length_is_even])  # an untrained model never scores
     main = {"grpo": grpo, "sft": sft}[kind].main
