@@ -1,8 +1,10 @@
 """Recipes: inheritance, types, overrides, the command line, and every file under recipes/."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -416,6 +418,16 @@ def test_plan_splits_gpus_with_a_server(capsys):
     assert code == 0
     assert "server: trl vllm-serve --model runs/cold_start --tensor_parallel_size 4 --max_model_len 9216" in out
     assert command(capsys, "plan", path, "--gpus", "4", *server)[0] == 2
+
+
+@pytest.mark.slow
+def test_serve_prints_nothing_but_the_command():
+    """Scripts run what it prints, and transformers writes to stdout when it is imported with Weights & Biases off."""
+    ask = [sys.executable, "-m", "vision_r1_recipes.recipe", "serve", ROOT / "recipes/ptst.yaml"]
+    options = ("--vllm_mode", "server")
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    done = subprocess.run([*ask, *options], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("trl vllm-serve ") and done.stdout.count("\n") == 1
 
 
 def test_plan_of_a_base_asks_for_stages(capsys):

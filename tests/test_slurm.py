@@ -180,8 +180,15 @@ def test_preempted_at_random_moments(whole, home, way, times):
 
 
 def test_preempted_by_the_time_limit(whole, home):
+    """The limit is set when the run is on its way: it is soon, on a fast machine and on a slow one."""
     folder = home / "runs/limit"
-    job = Job(home, "--time=2", "--signal=B:USR1@40", "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    job = Job(home, "--time=60", "--signal=B:USR1@90", "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    job.wait(lambda: steps_saved(folder) >= 2)
+    hours, minutes, _ = map(int, job.about("RunTime").split(":"))
+    limit = f"TimeLimit={60 * hours + minutes + 2}"
+    subprocess.run(["scontrol", "update", f"JobId={job.number}", limit], check=True)
+    job.wait(lambda: job.started(2))
+    subprocess.run(["scontrol", "update", f"JobId={job.number}", "TimeLimit=60"], check=True)
     assert job.end() == "COMPLETED", job.log
     assert int(job.about("Restarts")) >= 1, job.log
     assert "seconds before the end" in job.log

@@ -13,6 +13,7 @@ python -m vision_r1_recipes.recipe state recipes/ptst.yaml                   # f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -400,9 +401,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"\n{len(problems)} problem(s):", *(f"- {problem}" for problem in problems), sep="\n")
             return 2 if problems else 0
         if args.command == "serve":
-            from .plan import serve
+            with contextlib.redirect_stdout(sys.stderr):  # transformers prints when it is imported
+                from .plan import serve
 
-            print(serve([args.recipe, *rest]))
+                command = serve([args.recipe, *rest])
+            print(command)
             return 0
         if args.command == "diff":
             print(_describe_differences(load(args.recipe), merge(load(args.other), parse_overrides(rest))))
