@@ -31,11 +31,11 @@ gpus=${SBATCH_GPUS_PER_NODE:-$PROCESSES_PER_NODE}
 gpus=${gpus##*:} # a type may come first
 if [ -n "$toy" ]; then
     recipes=(recipes/toy/pretrain.yaml recipes/toy/cold_start.yaml recipes/toy/ptst.yaml)
-    evaluate=(runs/toy/data/rl --split test --max_new_tokens 384 --batch_size 120 --buckets 96 192)
+    evaluate=(--data runs/toy/data/rl --split test --max_new_tokens 384 --batch_size 120 --buckets 96 192)
     [ -d runs/toy/data ] || python -W ignore -m vision_r1_recipes.toy runs/toy/data
 else
     recipes=(recipes/cold_start.yaml recipes/ptst.yaml)
-    evaluate=(Osilly/Vision-R1-rl --split test)
+    evaluate=(--data Osilly/Vision-R1-rl --split test)
 fi
 folder=runs/slurm/vision_r1${toy:+_toy}
 mkdir -p "$folder"

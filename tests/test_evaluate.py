@@ -1,9 +1,11 @@
 """Evaluation of a real, untrained tiny model on real files, and the numbers made of its samples."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.generation import GenerationMixin
 
+from vision_r1_recipes import backends, toy
 from vision_r1_recipes import evaluate as ev
-from vision_r1_recipes import toy
+from vision_r1_recipes.bridge.endpoint import EndpointConfig, served
 from vision_r1_recipes.data import load_processor, load_rows
 from vision_r1_recipes.recipe import RecipeError
 
@@ -41,7 +44,7 @@ def test_untrained_model_end_to_end(world, evaluated):
     summary, samples = evaluated
     gold = pd.read_parquet(world / "rl" / "test.parquet")
     assert list(samples.columns) == [
-        "id", "problem", "solution", "completion", "tokens", "truncated", "answer", "format", "correct",
+        "id", "problem", "solution", "sample", "completion", "tokens", "truncated", "answer", "format", "correct",
     ]  # fmt: skip
     assert list(samples["id"]) == [f"row {i}" for i in range(12)]
     assert list(samples["problem"]) == list(gold["problem"]) and list(samples["solution"]) == list(gold["answer"])
@@ -67,8 +70,9 @@ def test_seed_decides(world, evaluated, tmp_path):
     _, samples = evaluated
 
     def completions(seed):
-        ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), seed=seed, **QUICK)
-        return list(pd.read_parquet(tmp_path / "samples.parquet")["completion"])
+        folder = tmp_path / str(seed)
+        ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(folder), seed=seed, **QUICK)
+        return list(pd.read_parquet(folder / "samples.parquet")["completion"])
 
     assert completions(3) == list(samples["completion"])
     assert completions(4) != list(samples["completion"])
@@ -110,8 +114,9 @@ def test_lengths_ends_and_order(world, monkeypatch):
     """`generate` is replaced by one that answers each question with as many words as its prompt has real tokens."""
     processor = load_processor(str(world / "model"))
     rows, _ = load_rows([{"path": str(world / "rl"), "split": "test"}], "rl", processor)
-    model = ev.load_model(str(world / "model"))
-    ev.set_sampling(model, processor, 400, 0.6, 0.95)
+    sampling = {"max_new_tokens": 400, "temperature": 0.6, "top_p": 0.95}
+    backend = backends.Transformers(str(world / "model"), processor, dtype="auto", batch_size=5, args={}, **sampling)
+    model = backend.model
     end, pad = model.generation_config.eos_token_id
     word = processor.tokenizer("a")["input_ids"][0]
     lengths = rows.with_format(None)["tokens"][:]
@@ -125,7 +130,12 @@ def test_lengths_ends_and_order(world, monkeypatch):
         return torch.cat([input_ids, tail], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    made = ev.complete(model, processor, rows, batch_size=5)
+    found, batches = {}, []
+    ev._collect(backend, rows, 1, 0, found, lambda batch: (found.update(batch), batches.append(batch)))
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    asked = [lengths[i] for batch in batches for (*_, i), _ in batch]
+    assert asked == sorted(lengths)
+    made = [found[0, 0, i] for i in range(len(rows))]
     assert [m["truncated"] for m in made] == [n >= cap for n in lengths]
     assert [m["tokens"] for m in made] == [min(n + 1, cap) for n in lengths]
     assert [m["completion"] for m in made] == ["a" * min(n, cap) for n in lengths]
@@ -227,11 +237,11 @@ def test_lora_adapter_is_merged(world, tmp_path):
     adapted.save_pretrained(tmp_path)
     load_processor(str(world / "model")).save_pretrained(tmp_path)
     ids = torch.arange(8)[None]
-    loaded = ev.load_model(str(tmp_path))
+    loaded = backends.load_model(str(tmp_path))
     with torch.no_grad():
         expected = adapted.eval()(input_ids=ids).logits
         assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-4)
-        assert not torch.allclose(ev.load_model(str(world / "model"))(input_ids=ids).logits, expected, atol=1e-2)
+        assert not torch.allclose(backends.load_model(str(world / "model"))(input_ids=ids).logits, expected, atol=1e-2)
     assert isinstance(loaded.generation_config, GenerationConfig) and "lora" not in str(loaded).lower()
 
 
@@ -242,11 +252,11 @@ def test_system_prompt_is_the_recipe_s_unless_given(world, tmp_path, monkeypatch
     (folder / "recipe.yaml").write_text("system_prompt: Think first.\n")
     seen = []
 
-    def complete(model, processor, rows, batch_size):
+    def complete(model, processor, rows):
         seen.extend(rows)
         return [{"completion": "12", "tokens": 2, "truncated": False} for _ in rows]
 
-    monkeypatch.setattr(ev, "complete", complete)
+    monkeypatch.setattr(backends, "complete", complete)
     summary = ev.evaluate(str(folder / "checkpoint-2"), str(world / "rl"), limit=3, system_prompt=given)
     first = seen[0]["prompt"][0]
     assert (first["content"][0]["text"] if first["role"] == "system" else None) == used
@@ -277,6 +287,214 @@ def test_bad_input(world, tmp_path):
 @pytest.mark.slow
 def test_as_a_script(tmp_path):
     run = subprocess.run(
-        [sys.executable, ev.__file__, str(tmp_path / "nowhere"), str(tmp_path)], capture_output=True, text=True
+        [sys.executable, ev.__file__, str(tmp_path / "nowhere"), "--data", str(tmp_path)],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 2 and "error: can't read the model" in run.stderr and "Traceback" not in run.stderr
+
+
+SEVERAL = {**QUICK, "n": 3, "retries": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def several(world):
+    summary = ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(world / "several"), **SEVERAL)
+    return summary, pd.read_parquet(world / "several" / "samples.parquet")
+
+
+def test_several_samples_and_retries(world, evaluated, several):
+    """An untrained model never writes `</answer>`: each of its completions is drawn twice more."""
+    summary, samples = several
+    assert list(samples["sample"]) == [0, 1, 2] * 12 and list(samples["id"][::3]) == [f"row {i}" for i in range(12)]
+    first = samples[samples["sample"] == 0]
+    assert list(first["completion"]) == list(evaluated[1]["completion"])  # one sample more changes no other
+    assert samples["completion"].nunique() > 30
+    assert (samples["attempts"] == 3).all() and summary["retried"] == 1
+    retries = pd.read_parquet(world / "several" / "retries.parquet")
+    assert len(retries) == 72 and set(retries["attempt"]) == {1, 2}
+    last = retries[retries["attempt"] == 2].set_index(["id", "sample"])["correct"]
+    assert list(samples.set_index(["id", "sample"])["correct_with_retries"]) == list(last.reindex(
+        pd.MultiIndex.from_frame(samples[["id", "sample"]])))  # fmt: skip
+    assert (summary["questions"], summary["samples_per_question"]) == (12, 3)
+    assert {"accuracy_majority", "accuracy_with_retries"} <= summary.keys()
+    assert summary["sampling"]["n"] == 3 and summary["sampling"]["retries"] == 2
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_and_ends_with_the_same_samples(world, several, tmp_path):
+    """Killed in the samples, in the retries, and with half a line written."""
+    options = [part for key, value in SEVERAL.items() for part in (f"--{key}", *map(str, np.ravel(value)))]
+    command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(world / "model"), "--data", str(world / "rl")]
+    progress = tmp_path / "progress.jsonl"
+
+    def lines():
+        return progress.read_bytes().count(b"\n") if progress.is_file() else 0
+
+    for target in (4, 15):
+        process = subprocess.Popen([*command, "--output_dir", str(tmp_path), *options], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while lines() < target:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "summary.json").is_file()
+        with progress.open("ab") as file:
+            file.write(b'{"made": [[[0, 0, ')
+    before = lines()
+    summary = ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), **SEVERAL)
+    assert 15 <= before < 27 and not progress.exists()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "samples.parquet"), several[1])
+    assert summary | {"environment": None} == several[0] | {"environment": None}
+
+
+def test_another_evaluation_in_its_folder_is_left_alone(world, evaluated, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "eval"
+    shutil.copytree(world / "eval", folder)
+    with pytest.raises(RecipeError, match=r"holds another evaluation: `seed` was 3, is 4. Delete it"):
+        ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(folder), seed=4, **QUICK)
+    monkeypatch.setattr(backends, "load_model", None)
+    again = {**QUICK, "buckets": (6,)}  # of the samples that are there
+    summary = ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(folder), seed=3, **again)
+    assert [b["up_to"] for b in summary["by_length"]] == [6, None] and "finished before" in capsys.readouterr().out
+    assert summary["accuracy"] == evaluated[0]["accuracy"]
+    with contextlib.ExitStack() as stack:
+        settings = json.loads((folder / "summary.json").read_text())["settings"]
+        (folder / "summary.json").unlink()
+        stack.enter_context(ev._progress(folder, settings))
+        with pytest.raises(RecipeError, match="another process is evaluating into"):
+            stack.enter_context(ev._progress(folder, settings))
+
+
+def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):
+    """All are checked before the first is asked, and a model is loaded once for all sets."""
+    for name in ("a", "b"):
+        shutil.copytree(world / "model", tmp_path / name)
+    shutil.copytree(world / "rl", tmp_path / "other")
+    loads = []
+    load = backends.load_model
+    monkeypatch.setattr(backends, "load_model", lambda *args: loads.append(args) or load(*args))
+    sets = [str(world / "rl"), str(tmp_path / "other")]
+    options = ["--limit", "2", "--max_new_tokens", "4"]
+    models = [str(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(RecipeError, match="nowhere"):
+        ev.main([*models, "--data", *sets, str(tmp_path / "nowhere"), *options])
+    with pytest.raises(RecipeError, match="one model and one set"):
+        ev.main([*models, "--data", *sets, "--name", "x"])
+    assert not loads
+    ev.main([*models, "--data", *sets, *options])
+    assert [Path(model).name for model, _ in loads] == ["a", "b"]
+    completions = [
+        pd.read_parquet(tmp_path / name / "eval" / data / "samples.parquet")["completion"].tolist()
+        for name in ("a", "b")
+        for data in ("rl", "other")
+    ]
+    assert completions == [completions[0]] * 4  # the seed is the evaluation's
+
+
+def test_majority():
+    assert ev.majority(["1", "2", "2"], [True, False, False]) is False
+    assert ev.majority(["0.5", "2", "1/2"], [True, False, True]) is True  # one answer
+    assert ev.majority(["3", "2", None], [True, False, False]) is True  # the first of equals
+    assert ev.majority([None, pd.NA], [False, False]) is False
+
+
+def test_pass_at_1_and_its_error_are_of_questions():
+    samples = pd.DataFrame(
+        {
+            **{"id": ["a"] * 4 + ["b"] * 4, "sample": [0, 1, 2, 3] * 2, "completion": "x", "tokens": 1},
+            **{"truncated": False, "format": True, "answer": ["1", "1", "2", "3", "4", "4", "4", "5"]},
+            "correct": [True, True, False, False, True, True, True, False],
+        }
+    )
+    summary = ev.summarize(samples)
+    assert (summary["questions"], summary["accuracy"], summary["accuracy_majority"]) == (2, 0.625, 1.0)
+    assert summary["accuracy_se"] == pytest.approx(0.125 / np.sqrt(2))
+    other = samples.assign(correct=False)
+    assert ev.paired_difference(samples, other)[0] == 0.625
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, questions", [(1, 300), (8, 100)])
+def test_the_interval_covers_the_true_difference(n, questions):
+    """1,000 simulated benchmarks: questions of their own difficulty, two models that are right more or less often."""
+    rng = np.random.default_rng(0)
+
+    def difficulties(size):
+        p = rng.beta(1, 1, size)
+        return p, np.clip(p - 0.05 + rng.normal(0, 0.1, size), 0, 1)
+
+    p, q = difficulties(1_000_000)
+    truth, covered = (p - q).mean(), 0
+    for trial in range(1000):
+        ids = {"id": np.repeat(np.arange(questions), n), "sample": np.tile(np.arange(n), questions)}
+        a, b = ({**ids, "correct": rng.random(questions * n) < np.repeat(x, n)} for x in difficulties(questions))
+        _, low, high = ev.paired_difference(a, b, n=1000, seed=trial)
+        covered += low <= truth <= high
+    assert 0.93 <= covered / 1000 <= 0.97
+
+
+def test_compare(world, evaluated, several, tmp_path, capsys):
+    ev.main(["compare", str(world / "eval"), str(world / "several")])
+    out = capsys.readouterr().out
+    assert "difference: " in out and "over 12 questions" in out and "settings differ: n, retries" in out
+    with pytest.raises(RecipeError, match="nowhere is not the folder of a finished evaluation"):
+        ev.compare(str(world / "eval"), str(tmp_path / "nowhere"))
+    ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), limit=5, **QUICK)
+    with pytest.raises(RecipeError, match="not of the same questions"):
+        ev.compare(str(world / "eval"), str(tmp_path))
+
+
+@contextlib.contextmanager
+def serving(command: str, model: str, log: Path):
+    """The base URL of a server."""
+    sampling = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 1}
+    config = EndpointConfig(model, "http://127.0.0.1:{port}/v1", **sampling, serve=command, server_timeout=120)
+    with served(config, log) as running:
+        yield running.base_url
+
+
+@pytest.mark.slow
+def test_a_server_of_the_model_answers_like_transformers(world, tmp_path):
+    """Greedy, through pictures, chat template and caps: `transformers serve` against this process."""
+    model, data = str(world / "model"), str(world / "rl")
+    greedy = {"temperature": 0.0, "max_new_tokens": 24}
+    ev.evaluate(model, data, output_dir=str(tmp_path / "here"), **greedy)
+    saved = json.loads((world / "model/generation_config.json").read_text())
+    # It takes no fields but OpenAI's and a whole generation_config.
+    config = {"repetition_penalty": 1.0, "eos_token_id": saved["eos_token_id"], "pad_token_id": saved["pad_token_id"]}
+    command = f"{Path(sys.executable).with_name('transformers')} serve {{model}} --port {{port}}"
+    with serving(command, model, tmp_path / "log") as base_url:
+        args = {"base_url": base_url, "extra_body": {"generation_config": json.dumps(config)}}
+        folder = str(tmp_path / "served")
+        summary = ev.evaluate(model, data, output_dir=folder, backend="openai", backend_args=args, **greedy)
+    assert summary["sampling"]["backend"] == "openai"
+    ours, theirs = (pd.read_parquet(tmp_path / name / "samples.parquet") for name in ("here", "served"))
+    # The server strips, and an untrained model writes tokens that only one of the two calls special.
+    plain = ~(ours["completion"] + theirs["completion"]).str.contains("<|", regex=False)
+    assert plain.sum() >= 8
+    assert list(theirs["completion"][plain]) == list(ours["completion"][plain].str.strip())
+    assert list(theirs["truncated"]) == list(ours["truncated"]) and list(theirs["correct"]) == list(ours["correct"])
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_and_fails(world, tmp_path, capsys):
+    """Faults pass, a refused question is wrong and told; the model is a name, so the processor is named."""
+    data = str(world / "rl")
+    server = f"{sys.executable} -m vision_r1_recipes.toy_server --port {{port}} --refuse 0.3 --faults 0.2 --slow 0.1"
+    with serving(server, "toy-mllm", tmp_path / "log") as base_url:
+        call = {"backend": "openai", "batch_size": 3, "backend_args": {"base_url": base_url}, "max_new_tokens": 99}
+        with pytest.raises(RecipeError, match="`--processor` names one"):
+            ev.evaluate("toy-mllm", data, **call)
+        with pytest.raises(RecipeError, match="`backend_args` needs `base_url`"):
+            ev.evaluate("toy-mllm", data, **{**call, "backend_args": {}})
+        with pytest.raises(RecipeError, match=r"unknown key .*`base_ur`"):
+            ev.evaluate("toy-mllm", data, **{**call, "backend_args": {"base_ur": ""}})
+        call |= {"processor": str(world / "model"), "output_dir": str(tmp_path / "out"), "n": 2, "retries": 1}
+        summary = ev.evaluate("toy-mllm", data, **call)
+    samples = pd.read_parquet(tmp_path / "out/samples.parquet")
+    refused = samples["refused"].notna()
+    assert 0 < summary["refused"] == refused.sum() < 24 and not samples["correct"][refused].any()
+    assert f"the server refused {summary['refused']} requests" in capsys.readouterr().out
+    assert samples["completion"][~refused].str.contains("row").all()

@@ -303,7 +303,7 @@ def test_the_bridge_is_preempted_and_comes_back(slurm, home):
 
 def test_a_checkpoint_is_evaluated(slurm, home):
     options = ("--max_new_tokens", "16", "--output_dir", "runs/evaluated")
-    job = Job(home, "slurm/evaluate.slurm", "world/cold_start", "world/rl", *options)
+    job = Job(home, "slurm/evaluate.slurm", "world/cold_start", "--data", "world/rl", *options)
     assert job.end() == "COMPLETED", job.log
     assert json.loads((home / "runs/evaluated/summary.json").read_text())["questions"] == 8
 

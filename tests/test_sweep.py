@@ -78,7 +78,8 @@ def test_order_and_places(home):
     assert command[command.index("--model_name_or_path") + 1] == f"{seed}/cold"
     assert "stages" not in " ".join(command)  # only what differs from the recipe
     greedy = sweep.evaluate_command(units[3])
-    assert greedy[3:5] == [f"{seed}/cold", f"{seed}/data/rl"] and greedy[greedy.index("--temperature") + 1] == "0"
+    options = dict(zip(greedy[4::2], greedy[5::2], strict=True))
+    assert greedy[3] == f"{seed}/cold" and options["--data"] == f"{seed}/data/rl" and options["--temperature"] == "0"
     assert str(units[3].evaluation) == f"{seed}/cold/eval_CI_greedy"
     assert str(units[1].evaluation) == f"{seed}/data/model/eval"
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from driver import fixed_completions, length_is_even
 from runs import ROOT, SAVES, STAGES, history, launch, trace
-from vision_r1_recipes import checkpoints, data, evaluate, grpo, recipe, rewards, sft, trainers
+from vision_r1_recipes import backends, checkpoints, data, grpo, recipe, rewards, sft, trainers
 from vision_r1_recipes.ptst import Stage
 from vision_r1_recipes.recipe import RecipeError
 from vision_r1_recipes.trainers import VisionGRPOTrainer, VisionSFTTrainer, _Rollouts, collapse_runs, vision_modules
@@ -681,10 +681,10 @@ def test_a_template_that_opens_the_thinking(recipes, toy, tmp_path, monkeypatch)
     run = ["--model_name_or_path", str(tmp_path / "model"), "--stop_after_rollouts", "1"]
     grpo.main([str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path / "run"), *run])
     assert heard == ["<think>"] * 32
-    model = evaluate.load_model(str(tmp_path / "model"))
-    evaluate.set_sampling(model, processor, 4, 0.0, 1.0)
+    model = backends.load_model(str(tmp_path / "model"))
+    backends.set_sampling(model, processor, 4, 0.0, 1.0)
     rows, _ = data.load_rows([{"path": str(toy / "rl"), "limit": 2}], "rl", processor)
-    made = evaluate.complete(model, processor, rows, batch_size=2)
+    made = backends.complete(model, processor, list(rows))
     assert all(row["completion"].startswith("<think>") for row in made)
 
 

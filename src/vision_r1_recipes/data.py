@@ -133,7 +133,7 @@ def prepare(
         )
         rows, report = load(data_args.datasets)
         eval_rows = load(data_args.eval_datasets, name="eval_datasets")[0] if data_args.eval_datasets else None
-    report.fingerprint = _fingerprint(rows.with_format(None))
+    report.fingerprint = fingerprint(rows.with_format(None))
     if PartialState().is_main_process:
         print(report, flush=True)
     return processor, rows, eval_rows, report
@@ -253,7 +253,7 @@ def _stamp(rows: Dataset, folder: str) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(rows: Dataset) -> str:
+def fingerprint(rows: Dataset) -> str:
     """Digest of what a run learns from: texts and pictures (of those in files, name and size)."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:

@@ -1,11 +1,13 @@
 """
-Accuracy, length and habits of a checkpoint on held-out questions, one sample each.
+Accuracy, length and habits of checkpoints on held-out questions.
 
 ```shell
-python -m vision_r1_recipes.evaluate MODEL DATA [--split test] [--max_new_tokens 16000] [--temperature 0.6] ...
+python -m vision_r1_recipes.evaluate MODEL [MODEL ...] --data DATA [DATA ...] [--split test] [--n 8] [--retries 4] ...
+python -m vision_r1_recipes.evaluate compare A B   # two folders that it has written, on the same questions
 ```
 
-Writes `summary.json` and `samples.parquet`. Per completion:
+Writes `summary.json` and `samples.parquet`, and until then `progress.jsonl`: when it was killed, the same command goes
+on with what is missing and ends with the same samples. Per completion:
 
 - `truncated`: no end-of-turn token within `max_new_tokens`. A truncated completion has no answer: it is wrong, and its
   format too, whatever it says.
@@ -14,6 +16,11 @@ Writes `summary.json` and `samples.parquet`. Per completion:
   model that answers directly ("12", "The answer is 12.") is measured fairly. `accuracy` is its mean; `hfrrf` is the
   mean of `correct` and `format` together, the reward of the training.
 - `tokens`: length with the end-of-turn token, as TRL logs it in training.
+
+With `--n`, `accuracy` is the mean over questions of the share of their samples that are right (pass@1) and
+`accuracy_majority` that of the answer that most samples of a question give. With `--retries`, a completion without
+`</answer>` is drawn again up to so many times, as the official harness does with 4 `[repo]`; `accuracy_with_retries`
+counts the last draw. It lifts models that overrun, and is never `accuracy`.
 """
 
 import sys
@@ -24,32 +31,31 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import fcntl  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
-from collections.abc import Mapping, Sequence  # noqa: E402
-from itertools import pairwise  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from itertools import pairwise, product  # noqa: E402
+from typing import IO, Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-import torch  # noqa: E402
+import yaml  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from peft import PeftConfig, PeftModel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-    set_seed,
-)
-from transformers.utils import find_adapter_config_file  # noqa: E402
+from transformers import ProcessorMixin, set_seed  # noqa: E402
 
 from vision_r1_recipes import preflight, recipe  # noqa: E402
-from vision_r1_recipes.data import MARKER, generation_prefix, load_processor, load_rows  # noqa: E402
+from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
+from vision_r1_recipes.data import MARKER, fingerprint, load_processor, load_rows  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
+
+SUMMARY, SAMPLES, PROGRESS = "summary.json", "samples.parquet", "progress.jsonl"
+KEYS = ("id", "problem", "solution")  # of a question
 
 # Self-reflection words of the paper's data table, in the forms that are counted.
 REFLECTION = {
@@ -72,86 +78,25 @@ def judge(completion: str, solution: str, truncated: bool) -> dict[str, Any]:
     }
 
 
-def load_model(path: str, dtype: str = "auto") -> PreTrainedModel:
+def per_question(samples: Mapping[str, Sequence]) -> pd.DataFrame:
+    """One row per question, in their order: `id`, `problem` and `solution` if there, and its mean `correct`."""
+    frame = pd.DataFrame({key: list(samples[key]) for key in (*KEYS, "correct") if key in samples})
+    n = max(samples["sample"], default=0) + 1 if "sample" in samples else 1
+    means = frame["correct"].to_numpy(float).reshape(-1, n).mean(axis=1)
+    return frame.iloc[::n].reset_index(drop=True).assign(correct=means)
+
+
+def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
     """
-    A checkpoint or, over its base and merged, a LoRA adapter: a folder or a Hub id.
-
-    Raises:
-        `RecipeError`: it can't be read, or does not hold all weights (transformers would draw the others at random).
+    Whether the answer that most of a question's samples give is right. Answers are one if the grader says so; of
+    several with as many votes the first counts, and a sample without an answer has none.
     """
-    try:
-        adapter = find_adapter_config_file(path)
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path if adapter else path
-        model, info = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, output_loading_info=True)
-        wrong = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-        if wrong:
-            raise ValueError(f"{len(wrong)} weights are missing or have another shape, for example {wrong[0]}")
-        if adapter:
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    except Exception as error:
-        raise RecipeError(f"can't load the model {path}: {type(error).__name__}: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def set_sampling(
-    model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int, temperature: float, top_p: float
-) -> dict[str, Any]:
-    """
-    Make this the whole of `model.generation_config`, and return it.
-
-    The config saved with the model is replaced, not updated: Qwen2.5-VL's carries a repetition penalty of 1.05 and a
-    temperature of 1e-6, and `generate` fills every field that is not given from it. Only its end-of-turn tokens stay.
-    """
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    tokenizer = processor.tokenizer
-    sampling = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature > 0,
-        "temperature": temperature or 1.0,
-        "top_p": top_p if temperature > 0 else 1.0,
-        "top_k": 0,  # off; `None` would mean 50
-        "repetition_penalty": 1.0,
-        "suppress_tokens": [model.config.image_token_id],  # as in training
-        "eos_token_id": list(dict.fromkeys([tokenizer.eos_token_id, *ends])),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "use_cache": True,
-    }
-    model.generation_config = GenerationConfig(**sampling, disable_compile=True)
-    return sampling
-
-
-@torch.no_grad()
-def complete(model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, batch_size: int) -> list[dict]:
-    """One completion per row, in the order of `rows`: `{completion, tokens, truncated}`. Prompts of similar length
-    share a batch, which is padded on the left."""
-    lengths = rows.with_format(None)["tokens"][:]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    ends = set(model.generation_config.eos_token_id)
-    prefix = generation_prefix(processor)
-    made: dict[int, dict] = {}
-    with tqdm(total=len(rows), desc="Evaluating", unit="question") as bar:
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
-            batch = [rows[i] for i in indices]
-            text = processor.apply_chat_template(
-                [row["prompt"] for row in batch], tokenize=False, add_generation_prompt=True
-            )
-            images = [row["images"] for row in batch]
-            inputs = processor(text=text, images=images, padding=True, padding_side="left", return_tensors="pt")
-            inputs = inputs.to(model.device)
-            generated = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-            for i, ids in zip(indices, generated.tolist(), strict=True):
-                tokens = next((k for k, token in enumerate(ids, 1) if token in ends), None)
-                ids = ids[:tokens]
-                made[i] = {
-                    "completion": prefix + processor.tokenizer.decode(ids, skip_special_tokens=True),
-                    "tokens": len(ids),
-                    "truncated": tokens is None,
-                }
-            bar.update(len(batch))
-    return [made[i] for i in range(len(rows))]
+    votes: dict[int, int] = {}
+    for i, answer in enumerate(answers):
+        if not pd.isna(answer):
+            same = next((k for k in votes if answers[k] == answer or grade(answers[k], answer)), i)
+            votes[same] = votes.get(same, 0) + 1
+    return bool(votes) and bool(correct[max(votes, key=votes.__getitem__)])
 
 
 def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> dict[str, Any]:
@@ -159,9 +104,12 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
     All numbers of a table of samples. Shares and accuracies are between 0 and 1.
 
     `buckets` are boundaries in tokens, inclusive: 4096 and 8192 give up to 4096, 4097 to 8192, and more. The accuracy
-    of an empty bucket is `None`.
+    of an empty bucket is `None`. With several samples per question a bucket counts samples, and the standard error is
+    that of the questions' means.
     """
     correct, tokens = samples["correct"].astype(float), samples["tokens"]
+    questions = per_question(samples)["correct"]
+    n = len(samples) // len(questions)
     edges = [0, *sorted(set(buckets)), None]
     by_length = []
     for low, high in pairwise(edges):
@@ -170,10 +118,11 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
         by_length.append({"over": low, "up_to": high, "questions": int(inside.sum()), "accuracy": accuracy})
     counts = {word: samples["completion"].str.count(form, re.IGNORECASE) for word, form in REFLECTION.items()}
     counts["any"] = sum(counts.values())
-    return {
-        "questions": len(samples),
+    summary = {
+        "questions": len(questions),
+        "samples_per_question": n,
         "accuracy": float(correct.mean()),
-        "accuracy_se": float(np.sqrt(correct.mean() * (1 - correct.mean()) / len(samples))),
+        "accuracy_se": float(questions.std(ddof=0) / np.sqrt(len(questions))),
         "hfrrf": float((samples["correct"] & samples["format"]).mean()),
         "format_rate": float(samples["format"].mean()),
         "mean_tokens": float(tokens.mean()),
@@ -185,16 +134,27 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
             for word, count in counts.items()
         },
     }
+    if n > 1:
+        groups = (samples.iloc[i : i + n] for i in range(0, len(samples), n))
+        summary["accuracy_majority"] = float(np.mean([majority([*g["answer"]], [*g["correct"]]) for g in groups]))
+    if "correct_with_retries" in samples:
+        summary["accuracy_with_retries"] = float(samples["correct_with_retries"].mean())
+        summary["retried"] = float((samples["attempts"] > 1).mean())
+    if "refused" in samples:
+        summary["refused"] = int(samples["refused"].notna().sum())
+    return summary
 
 
 def paired_difference(
     a: Mapping[str, Sequence], b: Mapping[str, Sequence], n: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
     """
-    Accuracy of `a` minus accuracy of `b` on the same questions, with its 95 % interval (paired bootstrap).
+    Accuracy of `a` minus accuracy of `b` on the same questions, with its 95 % interval (paired bootstrap over
+    questions, of whose samples the mean counts).
 
     Args:
-        a (`DataFrame` or `dict` of columns): Samples of one model: `id`, `correct`; `problem` and `solution` if there.
+        a (`DataFrame` or `dict` of columns):
+            Samples of one model: `id`, `correct`; `problem`, `solution` and `sample` if there.
         b (`DataFrame` or `dict` of columns): Samples of the other.
         n (`int`, *optional*, defaults to `10000`): Resamples.
 
@@ -204,17 +164,178 @@ def paired_difference(
     Raises:
         `ValueError`: no samples, or not the same questions in the same order.
     """
-    for column in ("id", "problem", "solution"):
-        if column in a and column in b and list(a[column]) != list(b[column]):
+    ours, theirs = per_question(a), per_question(b)
+    for column in KEYS:
+        if column in ours and column in theirs and list(ours[column]) != list(theirs[column]):
             raise ValueError(f"the samples are not of the same questions in the same order: `{column}` differs.")
-    difference = np.asarray(a["correct"], float) - np.asarray(b["correct"], float)
-    if not len(difference):
+    if not len(ours):
         raise ValueError("no samples to compare.")
+    difference = (ours["correct"] - theirs["correct"]).to_numpy()
     # Drawing questions with replacement is drawing how often each of the few values occurs.
     values, counts = np.unique(difference, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=n)
     low, high = np.percentile(draws @ values / len(difference), [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
+
+
+def compare(a: str, b: str) -> str:
+    """
+    What [`paired_difference`] says of two folders that [`evaluate`] has written.
+
+    Raises:
+        `RecipeError`: one of them is none, or they are not of the same questions.
+    """
+    found = []
+    for folder in (a, b):
+        try:
+            found.append(
+                (json.loads(Path(folder, "summary.json").read_text()), pd.read_parquet(Path(folder, SAMPLES)))
+            )
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{folder} is not the folder of a finished evaluation: {error}") from error
+    (ours, samples), (theirs, others) = found
+    try:
+        mean, low, high = paired_difference(samples, others)
+    except ValueError as error:
+        raise RecipeError(f"{a} and {b}: {error}") from error
+    mine, yours = per_question(samples)["correct"], per_question(others)["correct"]
+    lines = [
+        *(f"{s['name']}: {percent(s['accuracy'])} % ± {percent(1.96 * s['accuracy_se'])}" for s in (ours, theirs)),
+        f"difference: {100 * mean:+.1f} points, 95 % interval [{100 * low:+.1f}, {100 * high:+.1f}] "
+        f"(paired bootstrap over {len(mine)} questions; {int((mine > yours).sum())} better, "
+        f"{int((mine < yours).sum())} worse)",
+    ]
+    differ = [key for key in sorted(ours["sampling"]) if ours["sampling"][key] != theirs["sampling"].get(key)]
+    return "\n".join([*lines, *([f"their settings differ: {', '.join(differ)}"] if differ else [])])
+
+
+@dataclass
+class _Task:
+    """One model on one set of questions, checked and ready."""
+
+    processor: ProcessorMixin
+    rows: Dataset
+    settings: dict[str, Any]  # what the samples depend on
+    folder: Path
+    system_prompt: str | None
+    dropped: dict[str, int]
+    summary: dict[str, Any] | None  # of the same settings, when finished before
+
+
+def _prepare(
+    model, data, split, limit, output_dir, system_prompt, max_dropped_share, processor, backend, identity, sampling
+) -> _Task:
+    try:
+        loaded = load_processor(processor or model)
+    except RecipeError as error:
+        known = "a folder with a processor beside the weights, or a Hub id that this machine can reach"
+        known += "; with a server, `--processor` names one" if backend == "openai" else ""
+        raise RecipeError(f"can't read the model {processor or model}; it must be {known}. {error}") from error
+    if system_prompt is None:
+        recipes = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
+        system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
+    system_prompt = system_prompt or None
+    source = {"path": data, "split": split, "limit": limit}
+    rows, report = load_rows([source], "rl", loaded, system_prompt, None, max_dropped_share)
+    print(report)
+    weights = [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(model).glob("*.safetensors"))
+    ]
+    settings = {
+        **{"model": model, "weights": weights, "data": source, "questions": fingerprint(rows.with_format(None))},
+        **{"backend": backend, **identity, **sampling, "system_prompt": system_prompt},
+    }
+    home = Path(model, "eval") if Path(model).is_dir() else Path("runs", "eval", Path(model).name)
+    folder = Path(output_dir or home / Path(data).resolve().stem)
+    summary = None
+    if (folder / SUMMARY).is_file():
+        summary = json.loads((folder / SUMMARY).read_text())
+        _same(summary.get("settings", {}), settings, folder)
+    return _Task(loaded, rows, settings, folder, system_prompt, report.dropped, summary)
+
+
+def _same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    now = json.loads(json.dumps(now))
+    differ = [key for key in now if before.get(key) != now[key]]
+    if differ:
+        said = "; ".join(f"`{key}` was {before.get(key)}, is {now[key]}"[:200] for key in differ)
+        raise RecipeError(f"{folder} holds another evaluation: {said}. Delete it, or name another `--output_dir`.")
+
+
+@contextlib.contextmanager
+def _progress(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[dict[Request, dict], Any, IO[bytes]]]:
+    """
+    What `progress.jsonl` holds of these settings, the state of the backend after it, and the file to write on. Its
+    lines: the settings, then one per finished batch.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made: dict[Request, dict] = {}
+    state = None
+    with (folder / PROGRESS).open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(f"another process is evaluating into {folder}: wait for it, or end it.") from error
+        file.seek(0)
+        whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left the beginning of a line
+        file.truncate(len(whole))
+        first, *lines = whole.splitlines() or [b""]
+        if first:
+            _same(json.loads(first), settings, folder)
+        else:
+            file.write(json.dumps(settings).encode() + b"\n")
+        for line in map(json.loads, lines):
+            state = line["state"]
+            made.update((tuple(request), completion) for request, completion in line["made"])
+        yield made, state, file
+
+
+def _collect(backend: Backend, rows: Dataset, n: int, retries: int, made: dict[Request, dict], keep: Keep) -> None:
+    """Complete `made` through `keep`: `n` samples per question, then the tries at those without `</answer>`."""
+    lengths = rows.with_format(None)["tokens"][:]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    for attempt in range(retries + 1):
+        wanted = [(sample, attempt, i) for sample in range(n) for i in order]
+        if attempt:
+            wanted = [(s, a, i) for s, a, i in wanted if _is_open(made.get((s, a - 1, i)))]
+        left = [request for request in wanted if request not in made]
+        title = f"Retry {attempt}" if attempt else "Evaluating"
+        with tqdm(total=len(wanted), initial=len(wanted) - len(left), desc=title, unit="completion") as bar:
+
+            def kept(batch, bar=bar):
+                keep(batch)
+                bar.update(len(batch))
+
+            backend.generate(rows, left, kept)
+
+
+def _is_open(made: Mapping[str, Any] | None) -> bool:
+    return made is not None and "</answer>" not in made["completion"]
+
+
+def _tables(rows: Dataset, made: Mapping[Request, dict], n: int, retries: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The samples, and the tries after the first."""
+    samples, more = [], []
+    refused = any("refused" in completion for completion in made.values())
+    for i, row in enumerate(rows.with_format(None).remove_columns("images")):
+        question = {
+            "id": row["id"],
+            "problem": "".join(part["text"] or MARKER for part in row["prompt"][-1]["content"]),
+            "solution": row["solution"],
+        }
+        for sample in range(n):
+            tries = []
+            for attempt in range(retries + 1):
+                if (sample, attempt, i) in made:
+                    written = {**({"refused": None} if refused else {}), **made[sample, attempt, i]}
+                    verdict = judge(written["completion"], row["solution"], written["truncated"])
+                    tries.append({**question, "sample": sample, **written, **verdict})
+            samples.append(tries[0])
+            if retries:
+                samples[-1] |= {"attempts": len(tries), "correct_with_retries": tries[-1]["correct"]}
+            more += [{**written, "attempt": k} for k, written in enumerate(tries) if k]
+    return tuple(pd.DataFrame(table).astype({"answer": "string"}) if table else None for table in (samples, more))
 
 
 def evaluate(
@@ -226,19 +347,26 @@ def evaluate(
     max_new_tokens: int = 16000,
     temperature: float = 0.6,
     top_p: float = 0.95,
-    batch_size: int = 16,
+    n: int = 1,
+    retries: int = 0,
+    batch_size: int | None = None,
     seed: int = 0,
     system_prompt: str | None = None,
     dtype: str = "auto",
     name: str | None = None,
     buckets: Sequence[int] = (4096, 8192),
     max_dropped_share: float = 0.05,
-) -> dict[str, Any]:
+    backend: str = "transformers",
+    backend_args: dict[str, Any] | None = None,
+    processor: str | None = None,
+    loaded: dict[str, Backend] | None = None,
+    check: bool = False,
+) -> dict[str, Any] | None:
     """
-    Evaluate a checkpoint and write `summary.json` and `samples.parquet`.
+    Evaluate a checkpoint and write `summary.json` and `samples.parquet`; go on with an evaluation that was killed.
 
     Args:
-        model (`str`): Checkpoint or LoRA adapter: a folder or a Hub id.
+        model (`str`): Checkpoint or LoRA adapter: a folder or a Hub id; with a server, the name that it knows.
         data (`str`): Questions in an RL layout of `data.py`: a folder, a file or a Hub id.
         split (`str`, *optional*, defaults to `"test"`): Split of a folder or Hub id.
         limit (`int`, *optional*): The first rows only.
@@ -246,66 +374,100 @@ def evaluate(
         max_new_tokens (`int`, *optional*, defaults to `16000`): Cap on the completion `[repo]`.
         temperature (`float`, *optional*, defaults to `0.6`): 0 is greedy `[repo]`.
         top_p (`float`, *optional*, defaults to `0.95`): Nucleus `[repo]`.
-        batch_size (`int`, *optional*, defaults to `16`): Questions at once. Other sizes draw other samples.
+        n (`int`, *optional*, defaults to `1`): Samples per question `[repo]`.
+        retries (`int`, *optional*, defaults to `0`):
+            More tries at a completion without `</answer>`, for a number beside `accuracy`; 4 in the official harness
+            `[repo]`.
+        batch_size (`int`, *optional*):
+            transformers: questions at once (16), other sizes draw other samples; vllm: requests between two notes of
+            progress (512); openai: requests at a time (64).
         seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
         system_prompt (`str`, *optional*): Defaults to the one in the recipe beside the checkpoint, `""` is none.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; auto is as they were saved.
         name (`str`, *optional*): Label in tables. Defaults to the model's folder.
         buckets (`list[int]`, *optional*, defaults to `(4096, 8192)`): Boundaries of the length buckets in tokens.
         max_dropped_share (`float`, *optional*, defaults to `0.05`): Greatest share of questions that may be unusable.
+        backend (`str`, *optional*, defaults to `"transformers"`): Or `"vllm"`, or `"openai"`: a server.
+        backend_args (`dict`, *optional*):
+            Arguments of `from_pretrained`, of vLLM's `LLM`, or `base_url` and other keys of an endpoint of
+            `bridge.endpoint`.
+        processor (`str`, *optional*): Folder or Hub id of the processor, where `model` is a server's name and no path.
+        loaded (`dict`, *optional*): Keeps the model for the next call that is given the same dict.
+        check (`bool`, *optional*, defaults to `False`): Return once everything is checked, before the model loads.
 
     Returns:
-        The content of `summary.json`. The same arguments give the same samples on the same machine.
+        The content of `summary.json`. The same arguments give the same samples on the same machine, as far as a
+        server keeps to a seed.
 
     Raises:
-        `RecipeError`: model or data can't be read, or a value is out of its range.
+        `RecipeError`: model or data can't be read, a value is out of range, or the folder holds another evaluation.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or min(max_new_tokens, batch_size, *buckets) < 1:
-        raise RecipeError("needed: temperature >= 0, 0 < top_p <= 1, and the other numbers at least 1.")
-    try:
-        processor = load_processor(model)
-    except (OSError, ValueError) as error:
-        known = "a folder with a processor beside the weights, or a Hub id that this machine can reach"
-        raise RecipeError(f"can't read the model {model}; it must be {known}. {error}") from error
-    if system_prompt is None:
-        recipes = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
-        system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
-    system_prompt = system_prompt or None
-    rows, report = load_rows(
-        [{"path": data, "split": split, "limit": limit}], "rl", processor, system_prompt, None, max_dropped_share
+    if temperature < 0 or not 0 < top_p <= 1 or min(max_new_tokens, n, *buckets) < 1 or retries < 0:
+        raise RecipeError("needed: temperature >= 0, 0 < top_p <= 1, retries >= 0, and the other numbers at least 1.")
+    if backend not in BACKENDS:
+        raise RecipeError(f"`backend`: {backend!r} is none of {', '.join(BACKENDS)}.")
+    kind, args = BACKENDS[backend], {} if backend_args is None else backend_args
+    if not isinstance(args, Mapping):
+        raise RecipeError(f"`backend_args`: {args!r}, needs a mapping such as {{base_url: http://localhost:8000/v1}}.")
+    batch_size = kind.default_batch_size if batch_size is None else batch_size
+    if batch_size < 1:
+        raise RecipeError(f"`batch_size`: {batch_size}, needs at least 1.")
+    kind.check(model, args)
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    identity = {**kind.identity(batch_size, args), "dtype": dtype}
+    sampling = {**asked, "n": n, "retries": retries}
+    task = _prepare(
+        *(model, data, split, limit, output_dir, system_prompt, max_dropped_share, processor),
+        *(backend, identity, sampling),
     )
-    print(report)
-    loaded = load_model(model, dtype)
-    sampling = set_sampling(loaded, processor, max_new_tokens, temperature, top_p)
-    set_seed(seed)
-    questions = rows.with_format(None).remove_columns("images")
-    samples = pd.DataFrame(
-        {
-            "id": row["id"],
-            "problem": "".join(part["text"] or MARKER for part in row["prompt"][-1]["content"]),
-            "solution": row["solution"],
-            **made,
-            **judge(made["completion"], row["solution"], made["truncated"]),
+    if check:
+        return None
+    if task.summary is not None:
+        print("finished before")
+        samples = pd.read_parquet(task.folder / SAMPLES)
+        summary = {**task.summary, "name": name or task.summary["name"], **summarize(samples, buckets)}
+    else:
+        loaded = {} if loaded is None else loaded
+        longest = max(task.rows.with_format(None)["tokens"][:]) + max_new_tokens
+        longest = -(-longest // 1024) * 1024  # the next set of questions may fit too
+        key = repr((model, backend, args, dtype, longest if backend == "vllm" else None, asked, batch_size))
+        if key not in loaded:
+            loaded.clear()  # before the next one takes the memory
+            loaded[key] = kind(
+                model, task.processor, max_length=longest, dtype=dtype, batch_size=batch_size, args=args, **asked
+            )
+        set_seed(seed)
+        with _progress(task.folder, task.settings) as (made, state, file):
+            if state is not None:
+                print(f"{len(made)} completions were finished before")
+                loaded[key].restore(state)
+
+            def keep(batch):
+                made.update(batch)
+                file.write(json.dumps({"made": batch, "state": loaded[key].state()}).encode() + b"\n")
+                file.flush()
+
+            _collect(loaded[key], task.rows, n, retries, made, keep)
+        samples, more = _tables(task.rows, made, n, retries)
+        used = {"do_sample": temperature > 0, **sampling, **loaded[key].sampling}
+        summary = {
+            "name": name or Path(model).resolve().name,
+            "model": model,
+            "data": {"path": data, "split": split, "limit": limit, "dropped": task.dropped},
+            **summarize(samples, buckets),
+            "sampling": {**used, "system_prompt": task.system_prompt, "backend": backend, "batch_size": batch_size},
+            "dtype": loaded[key].dtype,
+            "environment": recipe.environment(),
+            "settings": task.settings,
         }
-        for row, made in zip(questions, complete(loaded, processor, rows, batch_size), strict=True)
-    ).astype({"answer": "string"})
-    summary = {
-        "name": name or Path(model).resolve().name,
-        "model": model,
-        "data": {"path": data, "split": split, "limit": limit, "dropped": report.dropped},
-        **summarize(samples, buckets),
-        "sampling": {**sampling, "system_prompt": system_prompt, "seed": seed, "batch_size": batch_size},
-        "dtype": str(loaded.dtype),
-        "environment": recipe.environment(),
-    }
-    home = Path(model, "eval") if Path(model).is_dir() else Path("runs", "eval", Path(model).name)
-    folder = Path(output_dir or home / Path(data).resolve().stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    samples.to_parquet(folder / "samples.parquet")
-    draft = folder / "summary.json.draft"
+        samples.to_parquet(task.folder / SAMPLES)
+        if more is not None:
+            more.to_parquet(task.folder / "retries.parquet")
+    draft = task.folder / f"{SUMMARY}.draft"
     draft.write_text(json.dumps(summary, indent=2) + "\n")
-    draft.replace(folder / "summary.json")  # in one stroke: with it the evaluation counts as finished
-    print(describe(summary), f"written to {folder}", sep="\n")
+    draft.replace(task.folder / SUMMARY)  # in one stroke: with it the evaluation counts as finished
+    (task.folder / PROGRESS).unlink(missing_ok=True)
+    print(describe(summary), f"written to {task.folder}", sep="\n")
     return summary
 
 
@@ -314,14 +476,22 @@ def bucket_name(bucket: Mapping[str, Any]) -> str:
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """A summary in five lines."""
+    """A summary in a few lines."""
     s = summary
     buckets = (f"{percent(b['accuracy'])} of {b['questions']} with {bucket_name(b)}" for b in s["by_length"])
     words = (f"{word} {r['per_1000_tokens']:.1f} ({r['share']:.0%})" for word, r in s["reflection"].items())
+    n = s.get("samples_per_question", 1)
+    each = f", {n} samples each," if n > 1 else ""
+    more = "".join(
+        f", {title} {percent(s[key])} %"
+        for key, title in (("accuracy_majority", "majority vote"), ("accuracy_with_retries", "with retries"))
+        if key in s
+    )
+    refused = f"  the server refused {s['refused']} requests, which count as wrong\n" if s.get("refused") else ""
     return (
-        f"{s['name']}: {s['questions']} questions of {s['data']['path']}, split {s['data']['split']}\n"
+        f"{s['name']}: {s['questions']} questions{each} of {s['data']['path']}, split {s['data']['split']}\n"
         f"  accuracy {percent(s['accuracy'])} % ± {percent(1.96 * s['accuracy_se'])} (95 % interval), "
-        f"hfrrf {percent(s['hfrrf'])} %, format {percent(s['format_rate'])} %\n"
+        f"hfrrf {percent(s['hfrrf'])} %, format {percent(s['format_rate'])} %{more}\n{refused}"
         f"  tokens {s['mean_tokens']:.1f} (median {s['median_tokens']:g}), truncated {percent(s['truncated'])} %\n"
         f"  accuracy in % by tokens: {', '.join(buckets)}\n"
         f"  reflection words per 1,000 tokens (share of completions): {', '.join(words)}"
@@ -339,20 +509,38 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are those of `evaluate`
     )
-    for name in ("model", "data"):
-        parser.add_argument(name)
-    for name in ("split", "output_dir", "system_prompt", "dtype", "name"):
+    parser.add_argument("model", nargs="+")
+    parser.add_argument("--data", nargs="+", required=True)
+    for name in ("split", "output_dir", "system_prompt", "dtype", "name", "processor"):
         parser.add_argument(f"--{name}")
-    for name in ("limit", "max_new_tokens", "batch_size", "seed"):
+    for name in ("limit", "max_new_tokens", "n", "retries", "batch_size", "seed"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("temperature", "top_p", "max_dropped_share"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--buckets", type=int, nargs="+")
+    parser.add_argument("--backend", choices=BACKENDS)
+    parser.add_argument("--backend_args", type=yaml.safe_load, help="as YAML: '{base_url: http://localhost:8000/v1}'")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    evaluate(**vars(argument_parser().parse_args(argv)))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["compare"]:
+        parser = argparse.ArgumentParser(
+            prog="python -m vision_r1_recipes.evaluate compare", description=compare.__doc__
+        )
+        for name in ("a", "b"):
+            parser.add_argument(name, help="folder with summary.json and samples.parquet")
+        print(compare(**vars(parser.parse_args(argv[1:]))))
+        return
+    options = vars(argument_parser().parse_args(argv))
+    pairs = list(product(options.pop("model"), options.pop("data")))
+    if len(pairs) > 1 and options.keys() & {"output_dir", "name"}:
+        raise RecipeError("`--output_dir` and `--name` are for one model and one set of questions.")
+    loaded: dict[str, Backend] = {}
+    for check in (True, False):
+        for model, data in pairs:
+            evaluate(model, data, **options, loaded=loaded, check=check)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from vision_r1_recipes import preflight  # noqa: E402
-from vision_r1_recipes.evaluate import REFLECTION, bucket_name, paired_difference, percent  # noqa: E402
+from vision_r1_recipes.evaluate import REFLECTION, bucket_name, paired_difference, per_question, percent  # noqa: E402
 from vision_r1_recipes.ptst import num_rollouts  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.results import Evaluation, Run, buckets, by_label, link, load, read_json  # noqa: E402
@@ -105,13 +105,13 @@ def pooled(group: Sequence[Evaluation]) -> pd.DataFrame | None:
     The questions of all seeds: each once with its mean when the seeds were asked the same, else all of them. `None`
     when the samples of one are gone.
     """
-    samples = [e.samples for e in group]
-    if any(frame is None for frame in samples):
+    if any(e.samples is None for e in group):
         return None
-    keys = [key for key in ("id", "problem", "solution") if key in samples[0]]
-    if any(not frame[keys].equals(samples[0][keys]) for frame in samples):
-        return pd.concat(samples)
-    return samples[0][keys].assign(correct=np.mean([frame["correct"] for frame in samples], axis=0))
+    first, *others = frames = [per_question(e.samples) for e in group]
+    keys = first.columns.drop("correct")
+    if any(not frame[keys].equals(first[keys]) for frame in others):
+        return pd.concat(frames)
+    return first.assign(correct=np.mean([frame["correct"] for frame in frames], axis=0))
 
 
 def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[str, list[str]]:
@@ -306,7 +306,9 @@ def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
     sampling = ", ".join(
         f"{key} {first['sampling'][key]}" for key in ("temperature", "top_p", "max_new_tokens", "seed")
     )
-    notes = [f"evaluated on {first['data']['path']}, split {first['data']['split']}, one sample each: {sampling}."]
+    n = first.get("samples_per_question", 1)
+    each = "one sample" if n == 1 else f"{n} samples"
+    notes = [f"evaluated on {first['data']['path']}, split {first['data']['split']}, {each} each: {sampling}."]
     if any(len(group) > 1 for group in by_label(evaluations).values()):
         notes.append(
             "± is the standard deviation over seeds; the 95 % are of the drawn questions, over the seeds given, and "

@@ -116,7 +116,7 @@ def load(argv: Sequence[str]) -> dict[str, Any]:
             hint = f" Write [{sweep[key]}]." if kind is list and not isinstance(sweep[key], list) else ""
             problems.append(f"`{key}`: {sweep[key]!r} is empty, or not a value of type {kind.__name__}.{hint}")
     preflight.check(problems)
-    options = inspect.signature(evaluate).parameters.keys() - {"model", "name", "output_dir"}
+    options = inspect.signature(evaluate).parameters.keys() - {"model", "name", "output_dir", "loaded", "check"}
     problems += recipe.unknown_keys(sweep["evaluate"], options, "evaluate.")
     for i, row in enumerate(sweep["rows"]):
         named = isinstance(row, dict) and all(
@@ -296,7 +296,14 @@ def train_command(sweep: dict[str, Any], unit: Unit) -> list[str]:
 
 
 def evaluate_command(unit: Unit) -> list[str]:
-    command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(unit.folder), str(unit.evaluate["data"])]
+    command = [
+        sys.executable,
+        "-m",
+        "vision_r1_recipes.evaluate",
+        str(unit.folder),
+        "--data",
+        str(unit.evaluate["data"]),
+    ]
     options = {**unit.evaluate, "name": unit.label, "output_dir": str(unit.evaluation)}
     for key, value in options.items():
         if key != "data" and value is not None:

@@ -17,7 +17,7 @@ import subprocess
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,13 @@ class Endpoint:
     """A client with bounded concurrency, limits, and retries on what may pass: 408, 409, 429, 5xx, lost connections,
     time-outs, and responses that are none."""
 
-    def __init__(self, config: EndpointConfig, world_size: int = 1):
+    def __init__(
+        self,
+        config: EndpointConfig,
+        world_size: int = 1,
+        parse: Callable[..., Generation] = Generation.parse,
+    ):
+        self.parse = parse  # (content, reasoning or None, **counts)
         share = world_size if config.serve is None else 1  # of limits that ranks have on one server together
         self.config, self._key = config, config.key()
         self.client = openai.AsyncOpenAI(
@@ -165,9 +171,10 @@ class Endpoint:
         self.answered = self.refused = self.given_up = self.retries = 0
         self.used = 0  # tokens
 
-    async def generate(self, name: str, messages: Messages) -> tuple[Generation, float]:
+    async def generate(self, name: str, messages: Messages, **more) -> tuple[Generation, float]:
         """
-        One completion and the seconds that it took. `name` is sent as `X-Request-Id`, for the server's log.
+        One completion and the seconds that it took. `name` is sent as `X-Request-Id`, for the server's log, `more` are
+        fields of this request alone.
 
         Raises:
             `Rejected`: the server refuses this request, or had `max_retries` tries at it while others succeeded.
@@ -187,7 +194,7 @@ class Endpoint:
                 await self.tokens.wait(expected)
                 tried = time.monotonic()
                 try:
-                    generation = self._parse(await self._send(name, sent))
+                    generation = self._parse(await self._send(name, sent, more))
                 except _Passing as failure:
                     self.tokens.left += expected
                     self.retries += 1
@@ -218,7 +225,7 @@ class Endpoint:
             "command again."
         )
 
-    async def _send(self, name: str, messages: Messages) -> Any:
+    async def _send(self, name: str, messages: Messages, more: dict[str, Any]) -> Any:
         config = self.config
         try:
             async with asyncio.timeout(config.timeout):  # the client's own begins again with every byte
@@ -228,7 +235,7 @@ class Endpoint:
                     temperature=config.temperature,
                     top_p=config.top_p,
                     max_tokens=config.max_tokens,
-                    extra_body=config.extra_body,
+                    extra_body={**config.extra_body, **more},
                     extra_headers={"X-Request-Id": f"{quote(name)}/{uuid.uuid4().hex[:8]}"},  # vLLM refuses one twice
                 )
         except TimeoutError:
@@ -270,7 +277,7 @@ class Endpoint:
         try:
             message, usage = response.choices[0].message, response.usage
             extra = message.model_extra or {}
-            generation = Generation.parse(
+            generation = self.parse(
                 _writable(message.content),
                 _writable(extra.get("reasoning_content") or extra.get("reasoning")),
                 finish_reason=response.choices[0].finish_reason or "stop",
