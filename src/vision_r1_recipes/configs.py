@@ -19,8 +19,8 @@ class DataArguments:
 
     Args:
         datasets (`list[dict]`):
-            Sources, each `{path, name?, split?, data_files?, image_folder?, limit?, drop_reasoning?}`: a Hub id or a
-            local path in one of the released layouts (see `data.py`).
+            Sources, each `{path, name?, split?, data_files?, image_folder?, limit?, drop_reasoning?, pass_rates?,
+            pass_rate_band?}`: a Hub id or a local path in one of the released layouts (see `data.py`).
         eval_datasets (`list[dict]`, *optional*):
             The same, for evaluation during training.
         system_prompt (`str`, *optional*):

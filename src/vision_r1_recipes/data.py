@@ -13,11 +13,13 @@ is truncated. Pictures stay undecoded until a row is read, and are bounded here 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 from datasets.config import HF_DATASETS_CACHE
@@ -36,11 +39,15 @@ from trl import ModelConfig
 from . import grading
 from .configs import DataArguments
 from .grading import check_gold
-from .recipe import RecipeError, check_keys
+from .recipe import RecipeError, check_keys, load
 
 
 MARKER = "<image>"
-SOURCE_KEYS = ("path", "name", "split", "data_files", "image_folder", "limit", "drop_reasoning")
+SOURCE_KEYS = (
+    *("path", "name", "split", "data_files", "image_folder", "limit", "drop_reasoning"),
+    *("pass_rates", "pass_rate_band"),
+)
+OUTSIDE = "pass rate outside the band"
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _TURNS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
@@ -156,7 +163,9 @@ def load_rows(
         sources (`list[dict]`):
             `{path, name?, split?, data_files?, image_folder?, limit?, drop_reasoning?}`: a Hub id, folder or file;
             `image_folder` is where the pictures of a cold-start file lie (default: beside it); `limit` takes the
-            first rows only; `drop_reasoning` empties the `<think>` of an SFT row and keeps its answer.
+            first rows only; `drop_reasoning` empties the `<think>` of an SFT row and keeps its answer;
+            `pass_rates` is a file of `difficulty.py`, and `pass_rate_band` what to keep of an RL source by it, `[low,
+            high]`, both inclusive. What is outside is left out and counted, not a loss by `max_dropped_share`.
         kind (`str`):
             `"rl"`: rows `{prompt, images, solution}`. `"sft"`: rows `{prompt, completion, images}`.
         max_length (`int`, *optional*):
@@ -179,6 +188,8 @@ def load_rows(
             if kind == "rl":
                 raise RecipeError(f"{name}[{i}]: `drop_reasoning`: an RL row has no reasoning. Remove it.")
             convert = partial(_without_reasoning, convert)
+        if source.get("pass_rates") and kind != "rl":
+            raise RecipeError(f"{name}[{i}]: `pass_rates` are of RL rows. Remove it.")
         bounds = image_bounds(processor)
         parts.append(
             rows.map(
@@ -201,17 +212,26 @@ def load_rows(
             )
         )
     rows = concatenate_datasets(parts)
-    reasons, details = rows["dropped"], rows["detail"]
-    report = DataReport(len(rows), reasons[:].count(""), dict(Counter(filter(None, reasons))))
+    reasons, details = rows["dropped"][:], rows["detail"][:]
+    first = 0
+    for i, (part, source) in enumerate(zip(parts, sources, strict=True)):
+        if source.get("pass_rates"):
+            for row, rate in _outside_band(part, source, f"{name}[{i}]").items():
+                if not reasons[first + row]:
+                    reasons[first + row], details[first + row] = OUTSIDE, f"{part[row]['id']}: {rate:g}"
+        first += len(part)
+    report = DataReport(len(rows), reasons.count(""), dict(Counter(filter(None, reasons))))
     for reason, detail in zip(reasons, details, strict=True):
         if reason and len(report.examples.setdefault(reason, [])) < 20:
             report.examples[reason].append(detail)
-    share = (report.read - report.kept) / max(report.read, 1)
-    if not report.kept or share > max_dropped_share:
+    share = (report.read - report.kept - report.dropped.get(OUTSIDE, 0)) / max(report.read, 1)
+    if share > max_dropped_share:
         raise RecipeError(
             f"{share:.1%} of the rows had to be dropped, `max_dropped_share` allows {max_dropped_share:.1%}. Mend the "
             f"data, or raise it.\n{report}"
         )
+    if not report.kept:
+        raise RecipeError(f"`{name}`: no row is left.\n{report}")
     keep = [i for i, reason in enumerate(reasons) if not reason]
     rows = rows.select(keep).remove_columns(["dropped", "detail"])
     return rows.with_transform(partial(_decode, bounds=bounds)), report
@@ -226,9 +246,54 @@ def check_source(source: Mapping[str, Any], where: str) -> None:
         raise RecipeError(f"{where} has no `path`: {dict(source)}.")
     if not isinstance(source.get("drop_reasoning", False), bool):
         raise RecipeError(f"{where}: `drop_reasoning`: {source['drop_reasoning']!r}, needs true or false.")
+    band = source.get("pass_rate_band")
+    if (band is None) != (source.get("pass_rates") is None):
+        raise RecipeError(f"{where}: `pass_rates` (a file) and `pass_rate_band` ([low, high]) go together.")
+    if band is not None:
+        numbers = isinstance(band, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in band)
+        if not numbers or len(band) != 2 or not 0 <= band[0] <= band[1] <= 1:
+            raise RecipeError(f"{where}: `pass_rate_band`: {band!r}, needs [low, high], between 0 and 1.")
+        if not Path(source["pass_rates"]).is_file():
+            raise RecipeError(
+                f"{where}: `pass_rates`: there is no file {source['pass_rates']}; python -m vision_r1_recipes.data "
+                "difficulty makes it."
+            )
     limit = source.get("limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise RecipeError(f"{where}: `limit`: {limit!r}, needs a whole number of at least 1.")
+
+
+def question_of(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """The last turn of a prompt as text, with markers for its pictures."""
+    return "".join(part["text"] or MARKER for part in prompt[-1]["content"])
+
+
+def digest_of(question: str, solution: str) -> str:
+    """By which a file of pass rates knows that a row is still the same."""
+    return hashlib.blake2b(json.dumps([question, solution]).encode(), digest_size=8).hexdigest()
+
+
+def _outside_band(rows: Dataset, source: Mapping[str, Any], where: str) -> dict[int, float]:
+    """The pass rates of those converted rows of a source that are outside of its band."""
+    low, high = source["pass_rate_band"]
+    try:
+        table = pq.read_table(source["pass_rates"], columns=["id", "digest", "pass_rate"]).to_pylist()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{where}: `pass_rates`: can't read {source['pass_rates']}: {error}") from error
+    rates = {(row["id"], row["digest"]): row["pass_rate"] for row in table}
+    outside = {}
+    for i, row in enumerate(rows.remove_columns("images")):
+        if row["dropped"]:
+            continue
+        rate = rates.get((row["id"], digest_of(question_of(row["prompt"]), row["solution"])))
+        if rate is None:
+            raise RecipeError(
+                f"{where}: `pass_rates`: {source['pass_rates']} has none for {row['id']}: it was made of other rows. "
+                "Make it anew with python -m vision_r1_recipes.data difficulty."
+            )
+        if not low <= rate <= high:
+            outside[i] = rate
+    return outside
 
 
 def _stamp(rows: Dataset, folder: str) -> str:
@@ -521,3 +586,26 @@ def _decode(batch: dict[str, list], bounds: Mapping[str, int]) -> dict[str, list
     if "images" in batch:
         batch["images"] = [[picture(image) for image in images] for images in batch["images"]]
     return batch
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(prog="python -m vision_r1_recipes.data")
+    commands = parser.add_subparsers(dest="command", required=True)
+    difficulty = commands.add_parser(
+        "difficulty", help="how often a model is right on every RL prompt; takes the options of evaluate, too"
+    )
+    difficulty.add_argument("recipe")
+    difficulty.add_argument("model")
+    args, rest = parser.parse_known_args(argv)
+    from . import evaluate
+    from .difficulty import measure
+
+    options = vars(evaluate.argument_parser().parse_args([args.model, "--data", "the recipe's", *rest]))
+    measure(load(args.recipe), args.model, **{k: v for k, v in options.items() if k not in ("model", "data")})
+
+
+if __name__ == "__main__":
+    from vision_r1_recipes import data, preflight  # this module is `__main__`: its classes are others than theirs
+
+    with preflight.kind_errors():
+        sys.exit(data.main())

@@ -49,7 +49,7 @@ from transformers import ProcessorMixin, set_seed  # noqa: E402
 
 from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
-from vision_r1_recipes.data import MARKER, fingerprint, load_processor, load_rows  # noqa: E402
+from vision_r1_recipes.data import fingerprint, image_bounds, load_processor, load_rows, question_of  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
@@ -223,10 +223,22 @@ class _Task:
 
 
 def _prepare(
-    model, data, split, limit, output_dir, system_prompt, max_dropped_share, processor, backend, identity, sampling
+    model,
+    data,
+    split,
+    limit,
+    output_dir,
+    system_prompt,
+    max_dropped_share,
+    processor,
+    min_pixels,
+    max_pixels,
+    backend,
+    identity,
+    sampling,
 ) -> _Task:
     try:
-        loaded = load_processor(processor or model)
+        loaded = load_processor(processor or model, min_pixels, max_pixels)
     except RecipeError as error:
         known = "a folder with a processor beside the weights, or a Hub id that this machine can reach"
         known += "; with a server, `--processor` names one" if backend == "openai" else ""
@@ -235,7 +247,7 @@ def _prepare(
         recipes = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
         system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
     system_prompt = system_prompt or None
-    source = {"path": data, "split": split, "limit": limit}
+    source = {"split": split, "limit": limit, **(data if isinstance(data, Mapping) else {"path": data})}
     rows, report = load_rows([source], "rl", loaded, system_prompt, None, max_dropped_share)
     print(report)
     weights = [
@@ -244,9 +256,10 @@ def _prepare(
     settings = {
         **{"model": model, "weights": weights, "data": source, "questions": fingerprint(rows.with_format(None))},
         **{"backend": backend, **identity, **sampling, "system_prompt": system_prompt},
+        "pixels": image_bounds(loaded),
     }
     home = Path(model, "eval") if Path(model).is_dir() else Path("runs", "eval", Path(model).name)
-    folder = Path(output_dir or home / Path(data).resolve().stem)
+    folder = Path(output_dir or home / Path(source["path"]).resolve().stem)
     summary = None
     if (folder / SUMMARY).is_file():
         summary = json.loads((folder / SUMMARY).read_text())
@@ -321,7 +334,7 @@ def _tables(rows: Dataset, made: Mapping[Request, dict], n: int, retries: int) -
     for i, row in enumerate(rows.with_format(None).remove_columns("images")):
         question = {
             "id": row["id"],
-            "problem": "".join(part["text"] or MARKER for part in row["prompt"][-1]["content"]),
+            "problem": question_of(row["prompt"]),
             "solution": row["solution"],
         }
         for sample in range(n):
@@ -340,7 +353,7 @@ def _tables(rows: Dataset, made: Mapping[Request, dict], n: int, retries: int) -
 
 def evaluate(
     model: str,
-    data: str,
+    data: str | Mapping[str, Any],
     split: str = "test",
     limit: int | None = None,
     output_dir: str | None = None,
@@ -359,6 +372,8 @@ def evaluate(
     backend: str = "transformers",
     backend_args: dict[str, Any] | None = None,
     processor: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     loaded: dict[str, Backend] | None = None,
     check: bool = False,
 ) -> dict[str, Any] | None:
@@ -367,7 +382,8 @@ def evaluate(
 
     Args:
         model (`str`): Checkpoint or LoRA adapter: a folder or a Hub id; with a server, the name that it knows.
-        data (`str`): Questions in an RL layout of `data.py`: a folder, a file or a Hub id.
+        data (`str` or `dict`):
+            Questions in an RL layout of `data.py`: a folder, a file or a Hub id; or a source with more keys.
         split (`str`, *optional*, defaults to `"test"`): Split of a folder or Hub id.
         limit (`int`, *optional*): The first rows only.
         output_dir (`str`, *optional*): Defaults to `MODEL/eval/DATA`, for a Hub id to `runs/eval/MODEL/DATA`.
@@ -392,6 +408,8 @@ def evaluate(
             Arguments of `from_pretrained`, of vLLM's `LLM`, or `base_url` and other keys of an endpoint of
             `bridge.endpoint`.
         processor (`str`, *optional*): Folder or Hub id of the processor, where `model` is a server's name and no path.
+        min_pixels (`int`, *optional*), max_pixels (`int`, *optional*):
+            Bounds on a picture's area. Default to the processor's, which for a checkpoint are those of its training.
         loaded (`dict`, *optional*): Keeps the model for the next call that is given the same dict.
         check (`bool`, *optional*, defaults to `False`): Return once everything is checked, before the model loads.
 
@@ -417,8 +435,8 @@ def evaluate(
     identity = {**kind.identity(batch_size, args), "dtype": dtype}
     sampling = {**asked, "n": n, "retries": retries}
     task = _prepare(
-        *(model, data, split, limit, output_dir, system_prompt, max_dropped_share, processor),
-        *(backend, identity, sampling),
+        *(model, data, split, limit, output_dir, system_prompt, max_dropped_share),
+        *(processor, min_pixels, max_pixels, backend, identity, sampling),
     )
     if check:
         return None
@@ -453,7 +471,7 @@ def evaluate(
         summary = {
             "name": name or Path(model).resolve().name,
             "model": model,
-            "data": {"path": data, "split": split, "limit": limit, "dropped": task.dropped},
+            "data": {**task.settings["data"], "dropped": task.dropped},
             **summarize(samples, buckets),
             "sampling": {**used, "system_prompt": task.system_prompt, "backend": backend, "batch_size": batch_size},
             "dtype": loaded[key].dtype,
@@ -513,7 +531,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", required=True)
     for name in ("split", "output_dir", "system_prompt", "dtype", "name", "processor"):
         parser.add_argument(f"--{name}")
-    for name in ("limit", "max_new_tokens", "n", "retries", "batch_size", "seed"):
+    for name in ("limit", "max_new_tokens", "n", "retries", "batch_size", "seed", "min_pixels", "max_pixels"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("temperature", "top_p", "max_dropped_share"):
         parser.add_argument(f"--{name}", type=float)

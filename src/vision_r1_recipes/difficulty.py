@@ -1,0 +1,119 @@
+"""
+How often a model is right on every prompt of an RL recipe: with rewards of 0 and 1, groups of one kind teach nothing.
+
+```shell
+python -m vision_r1_recipes.data difficulty RECIPE MODEL [--n 8] [--backend vllm] [other options of evaluate]
+```
+
+Samples as the first stage does and writes a parquet file per source beside its data, which the source names to keep
+a band:
+
+```yaml
+datasets:
+- path: data/Vision-R1-rl
+  pass_rates: data/Vision-R1-rl.pass_rates.parquet
+  pass_rate_band: [0.125, 0.875]
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .data import check_source, digest_of
+from .evaluate import SAMPLES, evaluate
+from .recipe import RecipeError
+
+
+EDGES = (0, 0.125, 0.375, 0.625, 0.875, 1)
+
+
+def beside(source: Mapping[str, Any]) -> Path:
+    """Where the pass rates of a source are written: beside its folder or file, for a Hub id in `data/`."""
+    path = Path(source["path"])
+    return (path if path.exists() else Path("data") / path.name).with_name(f"{path.name}.pass_rates.parquet")
+
+
+def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> list[Path]:
+    """
+    Sample `n` completions for every prompt of a recipe's `datasets`, and write how many were rewarded.
+
+    Args:
+        values (`dict`): The recipe of a GRPO run, resolved.
+        model (`str`): Whose pass rates: as a rule the model that the run starts from.
+        n (`int`, *optional*, defaults to `8`): Completions per prompt.
+        **options: Others of [`~evaluate.evaluate`]; length and sampling are the recipe's first stage's unless given.
+
+    Returns:
+        One file per source: `id`, `digest` (of question and answer), `pass_rate` (share with HFRRF's reward),
+        `accuracy` (whatever the format), `samples`, `mean_tokens`, `truncated`. Killed, the same call goes on.
+
+    Raises:
+        `RecipeError`: no stages, or what [`~evaluate.evaluate`] raises.
+    """
+    stages = values.get("stages")
+    if not stages:
+        raise RecipeError("`stages` is missing: pass rates are of the prompts of a GRPO recipe.")
+    options = {
+        "max_new_tokens": stages[0]["max_completion_length"],
+        **{key: values.get(key, 1.0) for key in ("temperature", "top_p")},
+        "system_prompt": values.get("system_prompt") or "",
+        **{key: values.get(key) for key in ("min_pixels", "max_pixels")},
+        "max_dropped_share": values.get("max_dropped_share", 0.05),
+        **options,
+    }
+    written, loaded = [], {}
+    for check in (True, False):
+        for i, source in enumerate(values["datasets"]):
+            source = {"split": "train", **source}
+            for key in ("pass_rates", "pass_rate_band"):  # all rows are asked
+                source.pop(key, None)
+            check_source(source, f"datasets[{i}]")
+            file = beside(source)
+            folder = Path("runs/difficulty", Path(model).resolve().name, file.name.removesuffix(".pass_rates.parquet"))
+            evaluate(model, source, n=n, output_dir=str(folder), loaded=loaded, check=check, **options)
+            if not check:
+                rates = pass_rates(pd.read_parquet(folder / SAMPLES))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                rates.to_parquet(file)
+                written.append(file)
+                print(describe(rates["pass_rate"]), f"written to {file}", sep="\n")
+    return written
+
+
+def pass_rates(samples: pd.DataFrame) -> pd.DataFrame:
+    """One row per question of the samples of an evaluation."""
+    n = samples["sample"].max() + 1
+    rows = samples.iloc[::n]
+    digests = [digest_of(*pair) for pair in zip(rows["problem"], rows["solution"], strict=True)]
+
+    def mean(column: pd.Series) -> np.ndarray:
+        return column.to_numpy(float).reshape(-1, n).mean(axis=1)
+
+    return pd.DataFrame(
+        {
+            "id": list(rows["id"]),
+            "digest": digests,
+            "pass_rate": mean(samples["correct"] & samples["format"]),
+            "accuracy": mean(samples["correct"]),
+            "samples": n,
+            "mean_tokens": mean(samples["tokens"]),
+            "truncated": mean(samples["truncated"]),
+        }
+    )
+
+
+def describe(rates: pd.Series) -> str:
+    """How many prompts have which pass rate."""
+    middle = rates[(rates > 0) & (rates < 1)]
+    lines = [
+        f"{len(rates)} prompts, mean pass rate {rates.mean():.1%}",
+        *(f"  {int((rates == end).sum())} with a pass rate of {end}: no spread, nothing to learn" for end in (0, 1)),
+        *(f"  {count} in {interval}" for interval, count in pd.cut(middle, EDGES).value_counts(sort=False).items()),
+    ]
+    return "\n".join(lines)
