@@ -14,6 +14,7 @@ import pytest
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
 vllm = pytest.importorskip("vllm", reason="vLLM is not in this environment: make test-vllm")
 
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from trl.generation import vllm_generation  # noqa: E402
 from vllm.model_executor.layers import utils as layers  # noqa: E402
@@ -21,6 +22,8 @@ from vllm.model_executor.layers import utils as layers  # noqa: E402
 from driver import length_is_even  # noqa: E402
 from vision_r1_recipes import data, grpo, recipe, sft, toy, trainers  # noqa: E402
 from vision_r1_recipes.configs import VisionGRPOConfig  # noqa: E402
+from vision_r1_recipes.evaluate import evaluate  # noqa: E402
+from vision_r1_recipes.export import export  # noqa: E402
 from vision_r1_recipes.rewards import hfrrf  # noqa: E402
 from vision_r1_recipes.trainers import VisionGRPOTrainer  # noqa: E402
 
@@ -161,6 +164,61 @@ def test_rewards_are_those_of_transformers(cold_started, tmp_path, monkeypatch):
         {name: mean(f["reward"] for f in [x]) for name, x in {"plain": plain, "ours": guarded, "trl": blind}.items()}
     )
     assert blind["reward"] < guarded["reward"] / 2
+
+
+def test_an_evaluation_is_that_of_transformers(cold_started, tmp_path):
+    """Greedy, in float32 on both sides; then sampled, killed in the middle of it and gone on with."""
+    model, rows = str(cold_started / "cold_start"), str(cold_started / "rl")
+    greedy = {"temperature": 0.0, "max_new_tokens": 96, "dtype": "float32"}
+    for backend in ("transformers", "vllm"):
+        evaluate(model, rows, output_dir=str(tmp_path / backend), backend=backend, **greedy)
+    ours, theirs = (pd.read_parquet(tmp_path / name / "samples.parquet") for name in ("transformers", "vllm"))
+    assert (ours["completion"] == theirs["completion"]).sum() >= 7  # of 8
+    assert list(ours["correct"]) == list(theirs["correct"]) and ours["format"].any()
+    sampled = {"max_new_tokens": 96, "n": 3, "batch_size": 5, "backend": "vllm"}
+    whole = evaluate(model, rows, output_dir=str(tmp_path / "whole"), **sampled)
+    generate = vllm.LLM.generate
+    calls = []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vllm.LLM, "generate", fails)
+        evaluate(model, rows, output_dir=str(tmp_path / "cut"), **sampled)
+    assert len((tmp_path / "cut/progress.jsonl").read_text().splitlines()) == 3
+    again = evaluate(model, rows, output_dir=str(tmp_path / "cut"), **sampled)
+    assert again["accuracy"] == whole["accuracy"]
+    whole, again = (pd.read_parquet(tmp_path / name / "samples.parquet") for name in ("whole", "cut"))
+    pd.testing.assert_frame_equal(again, whole)
+
+
+def test_an_export_is_a_plain_model(cold_started, tmp_path):
+    """`LLM` with nothing of ours around it takes the export's sampling and answers as transformers does the run's."""
+    run = cold_started / "cold_start"
+    export(str(run), str(tmp_path / "export"))
+    evaluate(
+        *(str(run), str(cold_started / "rl")),
+        **{"output_dir": str(tmp_path / "run"), "temperature": 0.0, "max_new_tokens": 96, "dtype": "float32"},
+    )
+    expected = list(pd.read_parquet(tmp_path / "run/samples.parquet")["completion"])
+    llm = vllm.LLM(str(tmp_path / "export"), dtype="float32", max_model_len=512)
+    carried = llm.get_default_sampling_params()
+    assert (carried.temperature, carried.top_p, carried.repetition_penalty) == (0.6, 0.95, 1.0)
+    processor = data.load_processor(str(tmp_path / "export"))
+    rows, _ = data.load_rows([{"path": str(cold_started / "rl"), "split": "test"}], "rl", processor)
+    prompts = [
+        {
+            "prompt": processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True),
+            "multi_modal_data": {"image": row["images"]},
+        }
+        for row in rows
+    ]
+    made = llm.generate(prompts, vllm.SamplingParams(temperature=0.0, max_tokens=96, repetition_penalty=1.0))
+    assert sum(output.outputs[0].text == text for output, text in zip(made, expected, strict=True)) >= 7  # of 8
 
 
 def test_another_prompt_is_refused():
