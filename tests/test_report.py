@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.axes import Axes
 from PIL import Image
 
-from vision_r1_recipes import report, results
+from vision_r1_recipes import figures, report, results
 from vision_r1_recipes.evaluate import summarize
 from vision_r1_recipes.recipe import RecipeError
 
@@ -39,7 +40,10 @@ def write_state(folder, rollouts, length=100.0, accuracy=True, held_out=None):
         for r in range(1, rollouts + 1)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    evals = [{"step": r, "rollout": r, "eval_accuracy_rate": y} for r, y in (held_out or {}).items()]
+    evals = [
+        {"step": r, "rollout": r, "eval_accuracy_rate": y, "eval_completions/mean_length": 60.0 - r}
+        for r, y in (held_out or {}).items()
+    ]
     log = [*rows, *evals, {"train_runtime": 1.0, "step": rollouts, "rollout": rollouts}]
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": rollouts, "log_history": log}))
 
@@ -192,6 +196,21 @@ def test_what_the_run_before_spent_counts(tmp_path):
     total = runs[0].spent("tokens")[-1]
     assert runs[1].spent("tokens")[-1] == 2 * total
     assert list(runs[1].held_out("rollouts")[0]) == [30, 45] and runs[1].held_out("tokens")[0][0] == total
+
+
+def test_lengths_of_held_out_questions_are_in_the_figure(tmp_path, monkeypatch):
+    drawn = []
+    plot = Axes.plot
+
+    def spy(self, *args, **kwargs):
+        drawn.append((args, kwargs))
+        return plot(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    runs, _, _ = results.load([write_run(tmp_path / "run", 30, held_out={15: 0.2, 30: 0.4})])
+    figures.draw(runs, [], tmp_path)
+    points = [args[:2] for args, _ in drawn if args[2:] == ("x",)]
+    assert [[list(values) for values in pair] for pair in points] == [[[15, 30], [45, 30]]]
 
 
 def test_seeds_that_were_asked_the_same_questions_are_no_more_questions(tmp_path):

@@ -105,9 +105,14 @@ def _length(axis, runs: Sequence[Run], colours: dict[str, str]) -> None:
         caps = [stage.max_completion_length for stage in stages]
         if caps:
             axis.stairs(caps, edges, baseline=None, color=colours[label], linestyle="--", linewidth=1, alpha=0.7)
+    held_out = [run for run in runs if run.evaluations]
+    for run in held_out:
+        x, lengths = run.held_out("rollouts", "eval_completions/mean_length")
+        axis.plot(x, lengths, "x", color=colours[run.label], markersize=4)
     # A cap that nothing comes near would press the curves to the floor.
     lowest = min((s.max_completion_length for run in runs for s in run.stages), default=0)
-    axis.set(xlabel="rollout", ylabel="mean completion length, tokens (dashed: cap)", xlim=(0, None))
+    what = f"mean completion length, tokens (dashed: cap{'; x: held-out questions' if held_out else ''})"
+    axis.set(xlabel="rollout", ylabel=what, xlim=(0, None))
     axis.set_ylim(0, max(1.1 * top, 1.1 * lowest))
     _stages(axis, runs)
 

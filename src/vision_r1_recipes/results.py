@@ -58,12 +58,12 @@ class Run:
             groups = np.diff(np.concatenate([[0], np.cumsum(sizes)])[rollouts.astype(int)], prepend=0)
         return np.cumsum(groups * self.prompts_per_rollout * self.column("completions/mean_length"))
 
-    def held_out(self, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """What was spent and the accuracy on held-out questions, at each evaluation during training."""
+    def held_out(self, what: str, key: str = "eval_accuracy_rate") -> tuple[np.ndarray, np.ndarray]:
+        """What was spent and `key` of held-out questions, at each evaluation during training."""
         at = np.array([row["rollout"] for row in self.evaluations], dtype=float)
-        accuracy = np.array([row.get("eval_accuracy_rate", np.nan) for row in self.evaluations], dtype=float)
+        values = np.array([row.get(key, np.nan) for row in self.evaluations], dtype=float)
         own = np.interp(at, np.append(0, self._own("rollouts")), np.append(0, self._own(what)))
-        return self.before(what) + own, accuracy
+        return self.before(what) + own, values
 
 
 @dataclass
