@@ -39,7 +39,7 @@ from trl import ModelConfig
 from . import grading
 from .configs import DataArguments
 from .grading import check_gold
-from .recipe import RecipeError, check_keys, load
+from .recipe import RecipeError, check_keys, load, merge, parse_overrides
 
 
 MARKER = "<image>"
@@ -179,6 +179,46 @@ def load_rows(
     Raises:
         `RecipeError`: a source that can't be read or has other columns, no rows left, or too many dropped.
     """
+    parts = check_rows(sources, kind, processor, system_prompt, max_length, num_proc, name)
+    rows = concatenate_datasets(parts)
+    reasons, details = rows["dropped"][:], rows["detail"][:]
+    first = 0
+    for i, (part, source) in enumerate(zip(parts, sources, strict=True)):
+        if source.get("pass_rates"):
+            for row, rate in _outside_band(part, source, f"{name}[{i}]").items():
+                if not reasons[first + row]:
+                    reasons[first + row], details[first + row] = OUTSIDE, f"{part[row]['id']}: {rate:g}"
+        first += len(part)
+    report = DataReport(len(rows), reasons.count(""), dict(Counter(filter(None, reasons))))
+    for reason, detail in zip(reasons, details, strict=True):
+        if reason and len(report.examples.setdefault(reason, [])) < 20:
+            report.examples[reason].append(detail)
+    share = (report.read - report.kept - report.dropped.get(OUTSIDE, 0)) / max(report.read, 1)
+    if share > max_dropped_share:
+        raise RecipeError(
+            f"{share:.1%} of the rows had to be dropped, `max_dropped_share` allows {max_dropped_share:.1%}. Mend the "
+            f"data, or raise it.\n{report}"
+        )
+    if not report.kept:
+        raise RecipeError(f"`{name}`: no row is left.\n{report}")
+    keep = [i for i, reason in enumerate(reasons) if not reason]
+    rows = rows.select(keep).remove_columns(["dropped", "detail"])
+    return rows.with_transform(partial(_decode, bounds=image_bounds(processor))), report
+
+
+def check_rows(
+    sources: Sequence[Mapping[str, Any]],
+    kind: Literal["rl", "sft"],
+    processor: ProcessorMixin,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "datasets",
+) -> list[Dataset]:
+    """
+    The converted rows of each source, all of them: those that can't be used have a reason in `dropped` and what to
+    look at in `detail`. Pictures stay undecoded. See [`load_rows`] for the arguments and errors.
+    """
     if not sources:
         raise RecipeError(f"`{name}` is empty: name at least one source, for example [{{path: runs/toy/data/rl}}].")
     parts = []
@@ -211,30 +251,7 @@ def load_rows(
                 desc=f"Checking {source['path']}",
             )
         )
-    rows = concatenate_datasets(parts)
-    reasons, details = rows["dropped"][:], rows["detail"][:]
-    first = 0
-    for i, (part, source) in enumerate(zip(parts, sources, strict=True)):
-        if source.get("pass_rates"):
-            for row, rate in _outside_band(part, source, f"{name}[{i}]").items():
-                if not reasons[first + row]:
-                    reasons[first + row], details[first + row] = OUTSIDE, f"{part[row]['id']}: {rate:g}"
-        first += len(part)
-    report = DataReport(len(rows), reasons.count(""), dict(Counter(filter(None, reasons))))
-    for reason, detail in zip(reasons, details, strict=True):
-        if reason and len(report.examples.setdefault(reason, [])) < 20:
-            report.examples[reason].append(detail)
-    share = (report.read - report.kept - report.dropped.get(OUTSIDE, 0)) / max(report.read, 1)
-    if share > max_dropped_share:
-        raise RecipeError(
-            f"{share:.1%} of the rows had to be dropped, `max_dropped_share` allows {max_dropped_share:.1%}. Mend the "
-            f"data, or raise it.\n{report}"
-        )
-    if not report.kept:
-        raise RecipeError(f"`{name}`: no row is left.\n{report}")
-    keep = [i for i, reason in enumerate(reasons) if not reason]
-    rows = rows.select(keep).remove_columns(["dropped", "detail"])
-    return rows.with_transform(partial(_decode, bounds=bounds)), report
+    return parts
 
 
 def check_source(source: Mapping[str, Any], where: str) -> None:
@@ -422,10 +439,10 @@ def _from_geometry3k(row):
     answer = "" if row["answer"] is None else str(row["answer"])
     if not answer.strip():
         raise Drop("empty answer")
-    return [("user", row["problem"] or "")], answer, _pictures(row["images"])
+    return [("user", row["problem"] or "")], answer, pictures(row["images"])
 
 
-def _pictures(images) -> list[dict[str, Any]]:
+def pictures(images) -> list[dict[str, Any]]:
     """One picture or a list, each a path or `{bytes, path}`, as a list of the latter."""
     images = [] if images is None else [images] if isinstance(images, (str, dict)) else images
     return [image if isinstance(image, dict) else {"path": image, "bytes": None} for image in images]
@@ -442,7 +459,7 @@ def _from_conversations(row):
         raise Drop("not one question and one answer", f"turns: {', '.join(roles)}")
     if not turns[-1][1].strip():
         raise Drop("empty answer")
-    return turns[:-1], turns[-1][1], _pictures(row["images"] if row.get("images") is not None else row.get("image"))
+    return turns[:-1], turns[-1][1], pictures(row["images"] if row.get("images") is not None else row.get("image"))
 
 
 def _without_reasoning(convert, row):
@@ -477,7 +494,7 @@ def _from_ready(row):
         target = completion[0][1]
     if not target.strip():
         raise Drop("empty answer")
-    return prompt, target, _pictures(row["images"])
+    return prompt, target, pictures(row["images"])
 
 
 def _convert_row(row, index, convert, folder, kind, processor, bounds, system_prompt, max_length, stamp):
@@ -533,6 +550,11 @@ def open_image(image: Mapping[str, Any], folder: str) -> tuple[str | None, tuple
         raise Drop("broken image", f"{path or 'embedded'}: {error}") from error
 
 
+def open_picture(image: Mapping[str, Any]) -> PILImage.Image:
+    """A stored picture, `{bytes, path}`, as it is."""
+    return PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
 def _check_image(image: Mapping[str, Any], folder: str, bounds: Mapping[str, int]) -> dict[str, Any]:
     """The stored picture with its size after resizing."""
     path, (width, height) = open_image(image, folder)
@@ -576,7 +598,7 @@ def _decode(batch: dict[str, list], bounds: Mapping[str, int]) -> dict[str, list
     """The dataset's transform: messages as chat templates want them, pictures decoded and resized."""
 
     def picture(image):
-        opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        opened = open_picture(image)
         limits = {"min_pixels": bounds["min_pixels"], "max_pixels": bounds["max_pixels"]}
         return fetch_image({"image": opened, **limits}, image_patch_size=bounds["factor"] // 2)
 
@@ -591,12 +613,27 @@ def _decode(batch: dict[str, list], bounds: Mapping[str, int]) -> dict[str, list
 def main(argv: Sequence[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(prog="python -m vision_r1_recipes.data")
     commands = parser.add_subparsers(dest="command", required=True)
+    audit = commands.add_parser("audit", help="what is wrong with a recipe's data; exit code 1 for too much of it")
+    audit.add_argument("recipe")
+    audit.add_argument("--against", nargs="+", default=(), metavar="PATH[:SPLIT]", help="sets that must not be in it")
+    audit.add_argument("--processor", help="folder or Hub id; defaults to the recipe's model")
+    audit.add_argument("--shortest_reasoning", type=int, help="tokens that a completion must have at least to think")
+    audit.add_argument("--allow", nargs="+", default=(), metavar="FINDING=SHARE", help="of a set's rows")
+    audit.add_argument("--num_proc", type=int, help="processes that look at the pictures")
+    audit.add_argument("--output_dir", help="defaults to runs/audit/RECIPE")
     difficulty = commands.add_parser(
         "difficulty", help="how often a model is right on every RL prompt; takes the options of evaluate, too"
     )
     difficulty.add_argument("recipe")
     difficulty.add_argument("model")
     args, rest = parser.parse_known_args(argv)
+    if args.command == "audit":
+        try:
+            from .audit import report
+        except ImportError as error:
+            raise RecipeError(f"{error}: pip install 'vision-r1-recipes[audit]'.") from error
+        values = merge(load(args.recipe), parse_overrides(rest))
+        return report(values, **{k: v for k, v in vars(args).items() if k not in ("command",) and v is not None})
     from . import evaluate
     from .difficulty import measure
 
