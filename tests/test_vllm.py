@@ -80,7 +80,7 @@ def test_the_schedule_reaches_vllm(toy, tmp_path, monkeypatch):
         "base": str(ROOT / "recipes/toy/ptst.yaml"),
         "model_name_or_path": str(toy / "model"),
         "datasets": [{"path": str(toy / "rl"), "limit": 10}],
-        **{"eval_datasets": None, "eval_every_rollouts": None},
+        **{"eval_datasets": None, "eval_every_rollouts": None, "eval_max_completion_length": None},
         "output_dir": str(tmp_path / "run"),
         "stages": STAGES,
         "prompts_per_rollout": 4,

@@ -248,13 +248,14 @@ def _prepare(
         system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
     system_prompt = system_prompt or None
     source = {"split": split, "limit": limit, **(data if isinstance(data, Mapping) else {"path": data})}
+    source["path"] = str(Path(source["path"]))  # with or without a slash at its end
     rows, report = load_rows([source], "rl", loaded, system_prompt, None, max_dropped_share)
     print(report)
     weights = [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(model).glob("*.safetensors"))
     ]
     settings = {
-        **{"model": model, "weights": weights, "data": source, "questions": fingerprint(rows.with_format(None))},
+        **{"model": str(Path(model)), "weights": weights, "data": source, "questions": fingerprint(rows.with_format(None))},
         **{"backend": backend, **identity, **sampling, "system_prompt": system_prompt},
         "pixels": image_bounds(loaded),
     }
