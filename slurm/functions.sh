@@ -4,18 +4,32 @@
 say() { echo "$(date '+%F %T') $*"; }
 fail() { echo "error: $*" >&2; exit "${code:-1}"; }
 
+logs=runs/slurm/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
+mkdir -p "$logs"
+
+# The script runs in a child, which looks for `$logs/asked` now and then. bash 5.2 parses a trap wrongly, and ends, when
+# the signal comes while it expands a `$(...)`; this shell expands none.
+if [ -z "${in_child:-}" ]; then
+    rm -f "$logs/asked"
+    trap ': > "$logs/asked"' USR1
+    in_child=yes bash "$0" "$@" &
+    while kill -0 $! 2> /dev/null; do wait $! || true; done
+    code=0
+    wait $! || code=$?
+    exit "$code"
+fi
+unset in_child # a job that this one submits has none
+trap '' USR1
+
 begun=$(date +%FT%T)
 asked=           # set when SLURM wants the machines back
 last_moment=     # until when a run may go on then, if that is known
 on_stop() { :; } # each script has its own
-trap ask_to_stop USR1
 
 source slurm/site.conf
 site_environment || code=2 fail "site_environment in slurm/site.conf failed: is the environment installed?"
 export SLURM_EXPORT_ENV=ALL # the steps need what was set up here
 
-logs=runs/slurm/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
-mkdir -p "$logs"
 children=() # process ids of the srun commands
 
 # A command beside the others of this job, on the nodes and with the options given before `--`.
@@ -38,12 +52,13 @@ here() {
 
 recipe() { here python -W ignore -m vision_r1_recipes.recipe "$1" "$recipe" "${@:2}" "${overrides[@]}"; }
 
-pause() { sleep "$1" & wait $! || true; } # which a signal interrupts
+notice() { [ -n "$asked" ] || [ ! -e "$logs/asked" ] || ask_to_stop; }
+pause() { sleep "$1"; notice; }
 alive() { kill -0 "$1" 2> /dev/null; }
 
-# The code of one, however often a signal interrupts the waiting.
+# The code of one.
 wait_for() {
-    while alive "$1"; do wait "$1" || true; done
+    while alive "$1"; do pause 1; done
     wait "$1"
 }
 
