@@ -144,10 +144,16 @@ def world(toy, tmp_path_factory):
     (folder / "mm_math/images").mkdir(parents=True)
     with (folder / "mm_math/MM_Math.jsonl").open("w") as file:
         for k, image, text in [*more, (11, again(11), question(11)), (12, None, question(12))]:
-            name = f"images/{k}.png"
             if image:
-                (folder / "mm_math" / name).write_bytes(image["bytes"])
-            file.write(json.dumps({"question": text, "solution": "\\boxed{1}", "image_id": name}) + "\n")
+                (folder / f"mm_math/images/{k}.png").write_bytes(image["bytes"])
+            made = {
+                "question": text,
+                "solution": "\\boxed{1}",
+                "file_name": f"{k}.png",
+                "difficult": "easy",
+                "year": "9",
+            }
+            file.write(json.dumps(made) + "\n")
     (folder / "grpo.yaml").write_text(
         recipe.dump(
             {

@@ -68,6 +68,7 @@ ALLOWED = {NEVER: 0.01, EXACT: 0.01, CONFLICT: 0.0, NEAR: 0.05, LEAKED: 0.0, UNR
 ALLOWED |= {SHARED: 1.0, SUSPICIOUS: 1.0}
 BITS, DIFFERENCE, COMMON, GRAM = 8, 12, 0.7, 5
 WINDOW = 500  # of pictures with a part of the hash in common, this many neighbours are compared
+IMAGES = ("decoded_image", "images", "image", "file_name")  # columns of other sets, the first that there is
 SHORTEST_REASONING = 16  # tokens
 LIMITS = ("max_prompt_length", "max_length", "min_pixels", "max_pixels")
 _LOOK = Features(
@@ -176,9 +177,9 @@ def _benchmark(path: str, split: str, num_proc: int | None) -> tuple[pd.DataFram
     rows = concatenate_datasets([data.open_source({"path": file, **split}, AGAINST) for file in files or [path]])
     columns = set(rows.column_names)
     question = next((name for name in ("question", "problem", "prompt") if name in columns), None)
-    images = next((name for name in ("decoded_image", "images", "image", "image_id") if name in columns), None)
+    images = next((name for name in IMAGES if name in columns), None)
     if question is None or images is None:
-        known = "question, problem or prompt, and decoded_image, images, image or image_id"
+        known = f"question, problem or prompt, and {', '.join(IMAGES[:-1])} or {IMAGES[-1]}"
         raise RecipeError(f"against: {path} has the columns {', '.join(sorted(columns))}; needed are {known}.")
     feature = rows.features[images]
     if isinstance(feature, Image):
@@ -187,9 +188,12 @@ def _benchmark(path: str, split: str, num_proc: int | None) -> tuple[pd.DataFram
         rows = rows.cast_column(images, List(Image(decode=False)))
     ids = next((name for name in ("id", "pid", "sample_index") if name in columns), None)
     names = [str(key) for key in rows[ids]] if ids else [f"row {i}" for i in range(len(rows))]
-    folder = str(path if Path(path).is_dir() else Path(path).parent)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if images == "file_name":  # of MM-Math: somewhere below
+        places = {file.name: str(file.absolute()) for file in folder.rglob("*") if file.is_file()}
+        rows = rows.map(lambda row: {"file_name": places.get(Path(row["file_name"]).name, row["file_name"])})
     looks = rows.select_columns(images).map(
-        partial(_try_look, column=images, folder=folder),
+        partial(_try_look, column=images, folder=str(folder)),
         features=Features({**_LOOK, "problem": Value("string")}),
         remove_columns=images,
         num_proc=num_proc,
