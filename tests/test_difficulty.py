@@ -46,7 +46,7 @@ def test_samples_are_those_of_the_first_stage(world, file):
     rates = pd.read_parquet(file)
     assert list(rates["id"]) == [f"row {i}" for i in range(10)] and rates["digest"].nunique() == 10
     assert (rates["pass_rate"] == 0).all() and (rates["samples"] == 2).all() and (rates["mean_tokens"] <= 8).all()
-    summary = json.loads((world / "runs/difficulty/model/rl/summary.json").read_text())
+    summary = json.loads((next((world / "runs/difficulty").iterdir()) / "rl/summary.json").read_text())
     assert summary["questions"] == 10 and summary["samples_per_question"] == 2
     sampling = summary["sampling"]
     assert (sampling["max_new_tokens"], sampling["temperature"], sampling["top_p"]) == (8, 1.0, 1.0)
@@ -105,6 +105,22 @@ def test_a_wrong_band_is_told(more, said):
 def test_pass_rates_need_stages():
     with pytest.raises(RecipeError, match="`stages` is missing"):
         difficulty.measure({"datasets": []}, "model")
+
+
+def test_places(tmp_path):
+    (tmp_path / "v1.0").mkdir()
+    found = [
+        difficulty.beside({"path": str(tmp_path / "v1.0"), **more})
+        for more in ({}, {"split": "test"}, {"data_files": ["a.parquet"]}, {"name": "hard"})
+    ]
+    names = ["v1.0", "v1.0.test", "v1.0.a", "v1.0.hard"]
+    assert found == [tmp_path / f"{name}.pass_rates.parquet" for name in names]
+    assert difficulty.beside({"path": "Osilly/Vision-R1-rl"}) == Path("data/Vision-R1-rl.pass_rates.parquet")
+    stages = {"stages": [{"max_completion_length": 8}], "datasets": [{"path": "x"}, {"path": "x", "limit": 3}]}
+    with pytest.raises(RecipeError, match="two sources would write"):
+        difficulty.measure(stages, "model")
+    with pytest.raises(RecipeError, match="the recipe's sources say"):
+        difficulty.measure(stages, "model", limit=3)
 
 
 def test_the_reward_counts():

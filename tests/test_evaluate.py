@@ -372,6 +372,7 @@ def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):
     for name in ("a", "b"):
         shutil.copytree(world / "model", tmp_path / name)
     shutil.copytree(world / "rl", tmp_path / "other")
+    shutil.copytree(world / "rl", tmp_path / "elsewhere/rl")
     loads = []
     load = backends.load_model
     monkeypatch.setattr(backends, "load_model", lambda *args: loads.append(args) or load(*args))
@@ -380,6 +381,8 @@ def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):
     models = [str(tmp_path / name) for name in ("a", "b")]
     with pytest.raises(RecipeError, match="nowhere"):
         ev.main([*models, "--data", *sets, str(tmp_path / "nowhere"), *options])
+    with pytest.raises(RecipeError, match="would both be written to"):
+        ev.main([models[0], "--data", sets[0], str(tmp_path / "elsewhere/rl"), *options])
     with pytest.raises(RecipeError, match="one model and one set"):
         ev.main([*models, "--data", *sets, "--name", "x"])
     assert not loads
@@ -398,6 +401,7 @@ def test_majority():
     assert ev.majority(["0.5", "2", "1/2"], [True, False, True]) is True  # one answer
     assert ev.majority(["3", "2", None], [True, False, False]) is True  # the first of equals
     assert ev.majority([None, pd.NA], [False, False]) is False
+    assert ev.majority([r"\frac{1}{", "2", "x =", "2"], [False, True, False, True]) is True  # no golds, but answers
 
 
 def test_pass_at_1_and_its_error_are_of_questions():
@@ -496,5 +500,6 @@ def test_a_server_that_refuses_and_fails(world, tmp_path, capsys):
     samples = pd.read_parquet(tmp_path / "out/samples.parquet")
     refused = samples["refused"].notna()
     assert 0 < summary["refused"] == refused.sum() < 24 and not samples["correct"][refused].any()
+    assert (samples["attempts"][refused] == 1).all() and (samples["attempts"][~refused] == 2).all()
     assert f"the server refused {summary['refused']} requests" in capsys.readouterr().out
     assert samples["completion"][~refused].str.contains("row").all()

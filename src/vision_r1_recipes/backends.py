@@ -189,9 +189,16 @@ def complete(
 
 
 class VLLM(Backend):
-    """`batch_size` requests between two notes of progress; `args` are those of vLLM's `LLM`."""
+    """
+    `batch_size` requests between two notes of progress; `args` are those of vLLM's `LLM`. Pictures are kept within the
+    bounds of the saved processor, whichever are asked for.
+    """
 
     default_batch_size = 512
+
+    @staticmethod
+    def identity(batch_size, args):
+        return {"batch_size": batch_size, "backend_args": dict(args)}
 
     @classmethod
     def check(cls, model, args):
@@ -209,6 +216,10 @@ class VLLM(Backend):
         from vllm import LLM
 
         self.processor, self.batch_size, self.seed = processor, batch_size, seed
+        try:
+            saved = GenerationConfig.from_pretrained(model)
+        except OSError:  # it has none
+            saved = GenerationConfig()
         self.llm = LLM(model, **{"dtype": dtype, "max_model_len": max_length, "seed": seed, **args})
         self.dtype = str(self.llm.llm_engine.model_config.dtype)
         self.sampling = {
@@ -218,7 +229,7 @@ class VLLM(Backend):
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "stop_token_ids": _ends(processor, GenerationConfig.from_pretrained(model)),
+            "stop_token_ids": _ends(processor, saved),
             # As in training.
             "logit_bias": {processor.tokenizer.convert_tokens_to_ids(processor.image_token): -100.0},
         }
@@ -308,7 +319,9 @@ class OpenAI(Backend):
                     continue
                 text = written.text if written.text.startswith("<think>") else prefix + written.text
                 truncated = written.finish_reason != "stop"
-                keep([(request, {"completion": text, "tokens": written.completion_tokens, "truncated": truncated})])
+                made = {"completion": text, "tokens": written.completion_tokens, "truncated": truncated}
+                keep([*refused, (request, made)])  # others are answered: those refused before were so by themselves
+                refused.clear()
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -318,7 +331,8 @@ class OpenAI(Backend):
             raise errors.exceptions[0] from None
         finally:
             await endpoint.client.close()
-        keep(refused)  # when the others show that it was theirs
+        if refused:
+            keep(refused)
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -35,8 +35,11 @@ EDGES = (0, 0.125, 0.375, 0.625, 0.875, 1)
 
 def beside(source: Mapping[str, Any]) -> Path:
     """Where the pass rates of a source are written: beside its folder or file, for a Hub id in `data/`."""
-    path = Path(source["path"])
-    return (path if path.exists() else Path("data") / path.name).with_name(f"{path.name}.pass_rates.parquet")
+    path, files, split = Path(source["path"]), source.get("data_files") or [], source.get("split", "train")
+    files = [files] if isinstance(files, str) else files
+    parts = [path.name, source.get("name"), *(Path(file).stem for file in files), None if split == "train" else split]
+    home = path if path.exists() else Path("data") / path.name
+    return home.with_name(".".join([*filter(None, parts), "pass_rates.parquet"]))
 
 
 def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> list[Path]:
@@ -47,18 +50,25 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
         values (`dict`): The recipe of a GRPO run, resolved.
         model (`str`): Whose pass rates: as a rule the model that the run starts from.
         n (`int`, *optional*, defaults to `8`): Completions per prompt.
-        **options: Others of [`~evaluate.evaluate`]; length and sampling are the recipe's first stage's unless given.
+        **options:
+            Others of [`~evaluate.evaluate`]; length and sampling are the recipe's first stage's unless given.
+            `output_dir` is a folder for the samples of all sources.
 
     Returns:
         One file per source: `id`, `digest` (of question and answer), `pass_rate` (share with HFRRF's reward),
         `accuracy` (whatever the format), `samples`, `mean_tokens`, `truncated`. Killed, the same call goes on.
 
     Raises:
-        `RecipeError`: no stages, or what [`~evaluate.evaluate`] raises.
+        `RecipeError`: no stages, two sources with one file, or what [`~evaluate.evaluate`] raises.
     """
     stages = values.get("stages")
     if not stages:
         raise RecipeError("`stages` is missing: pass rates are of the prompts of a GRPO recipe.")
+    if wrong := options.keys() & {"split", "limit"}:
+        raise RecipeError(f"`--{sorted(wrong)[0]}`: the recipe's sources say which rows.")
+    home = Path(
+        options.pop("output_dir", None) or Path("runs/difficulty", str(Path(model)).strip("/").replace("/", "_"))
+    )
     options = {
         "max_new_tokens": stages[0]["max_completion_length"],
         **{key: values.get(key, 1.0) for key in ("temperature", "top_p")},
@@ -67,15 +77,18 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
         "max_dropped_share": values.get("max_dropped_share", 0.05),
         **options,
     }
+    sources = [{"split": "train", **source} for source in values["datasets"]]
+    for i, source in enumerate(sources):
+        for key in ("pass_rates", "pass_rate_band"):  # all rows are asked
+            source.pop(key, None)
+        check_source(source, f"datasets[{i}]")
+    if len({beside(source) for source in sources}) < len(sources):
+        raise RecipeError(f"two sources would write {beside(sources[0])}: measure them by recipes of their own.")
     written, loaded = [], {}
     for check in (True, False):
-        for i, source in enumerate(values["datasets"]):
-            source = {"split": "train", **source}
-            for key in ("pass_rates", "pass_rate_band"):  # all rows are asked
-                source.pop(key, None)
-            check_source(source, f"datasets[{i}]")
+        for source in sources:
             file = beside(source)
-            folder = Path("runs/difficulty", Path(model).resolve().name, file.name.removesuffix(".pass_rates.parquet"))
+            folder = home / file.name.removesuffix(".pass_rates.parquet")
             evaluate(model, source, n=n, output_dir=str(folder), loaded=loaded, check=check, **options)
             if not check:
                 rates = pass_rates(pd.read_parquet(folder / SAMPLES))

@@ -49,7 +49,8 @@ from transformers import ProcessorMixin, set_seed  # noqa: E402
 
 from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
-from vision_r1_recipes.data import fingerprint, image_bounds, load_processor, load_rows, question_of  # noqa: E402
+from vision_r1_recipes.data import BUILDERS, fingerprint, image_bounds, load_processor, load_rows, question_of  # noqa: E402
+from vision_r1_recipes.grading import agree  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
@@ -94,7 +95,7 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
     votes: dict[int, int] = {}
     for i, answer in enumerate(answers):
         if not pd.isna(answer):
-            same = next((k for k in votes if answers[k] == answer or grade(answers[k], answer)), i)
+            same = next((k for k in votes if agree(answers[k], answer)), i)
             votes[same] = votes.get(same, 0) + 1
     return bool(votes) and bool(correct[max(votes, key=votes.__getitem__)])
 
@@ -113,7 +114,7 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
     edges = [0, *sorted(set(buckets)), None]
     by_length = []
     for low, high in pairwise(edges):
-        inside = (tokens > low) & (tokens <= (high or np.inf))
+        inside = (tokens > (low or -1)) & (tokens <= (high or np.inf))
         accuracy = float(correct[inside].mean()) if inside.any() else None
         by_length.append({"over": low, "up_to": high, "questions": int(inside.sum()), "accuracy": accuracy})
     counts = {word: samples["completion"].str.count(form, re.IGNORECASE) for word, form in REFLECTION.items()}
@@ -130,7 +131,10 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
         "truncated": float(samples["truncated"].mean()),
         "by_length": by_length,
         "reflection": {
-            word: {"per_1000_tokens": float(1000 * count.sum() / tokens.sum()), "share": float((count > 0).mean())}
+            word: {
+                "per_1000_tokens": float(1000 * count.sum() / max(tokens.sum(), 1)),
+                "share": float((count > 0).mean()),
+            }
             for word, count in counts.items()
         },
     }
@@ -251,21 +255,34 @@ def _prepare(
     source["path"] = str(Path(source["path"]))  # with or without a slash at its end
     rows, report = load_rows([source], "rl", loaded, system_prompt, None, max_dropped_share)
     print(report)
-    weights = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(model).glob("*.safetensors"))
-    ]
     settings = {
-        **{"model": str(Path(model)), "weights": weights, "data": source, "questions": fingerprint(rows.with_format(None))},
+        **{
+            "model": str(Path(model)),
+            "weights": weights_of(model),
+            "data": source,
+            "questions": fingerprint(rows.with_format(None)),
+        },
         **{"backend": backend, **identity, **sampling, "system_prompt": system_prompt},
         "pixels": image_bounds(loaded),
     }
     home = Path(model, "eval") if Path(model).is_dir() else Path("runs", "eval", Path(model).name)
-    folder = Path(output_dir or home / Path(source["path"]).resolve().stem)
+    place = Path(source["path"]).resolve()
+    folder = Path(output_dir or home / (place.stem if place.suffix in BUILDERS else place.name))
     summary = None
     if (folder / SUMMARY).is_file():
         summary = json.loads((folder / SUMMARY).read_text())
         _same(summary.get("settings", {}), settings, folder)
     return _Task(loaded, rows, settings, folder, system_prompt, report.dropped, summary)
+
+
+def weights_of(model: str) -> list[list[Any]]:
+    """Name, size and time of the weights in a folder, those of an adapter's base included; empty for a Hub id."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        files += sorted(Path(base).glob("*.safetensors")) if base else []
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -325,7 +342,7 @@ def _collect(backend: Backend, rows: Dataset, n: int, retries: int, made: dict[R
 
 
 def _is_open(made: Mapping[str, Any] | None) -> bool:
-    return made is not None and "</answer>" not in made["completion"]
+    return made is not None and "refused" not in made and "</answer>" not in made["completion"]
 
 
 def _tables(rows: Dataset, made: Mapping[Request, dict], n: int, retries: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -377,7 +394,7 @@ def evaluate(
     max_pixels: int | None = None,
     loaded: dict[str, Backend] | None = None,
     check: bool = False,
-) -> dict[str, Any] | None:
+) -> dict[str, Any] | Path:
     """
     Evaluate a checkpoint and write `summary.json` and `samples.parquet`; go on with an evaluation that was killed.
 
@@ -412,7 +429,8 @@ def evaluate(
         min_pixels (`int`, *optional*), max_pixels (`int`, *optional*):
             Bounds on a picture's area. Default to the processor's, which for a checkpoint are those of its training.
         loaded (`dict`, *optional*): Keeps the model for the next call that is given the same dict.
-        check (`bool`, *optional*, defaults to `False`): Return once everything is checked, before the model loads.
+        check (`bool`, *optional*, defaults to `False`):
+            Return once everything is checked, before the model loads: the folder that would be written.
 
     Returns:
         The content of `summary.json`. The same arguments give the same samples on the same machine, as far as a
@@ -440,7 +458,7 @@ def evaluate(
         *(processor, min_pixels, max_pixels, backend, identity, sampling),
     )
     if check:
-        return None
+        return task.folder
     if task.summary is not None:
         print("finished before")
         samples = pd.read_parquet(task.folder / SAMPLES)
@@ -556,10 +574,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = list(product(options.pop("model"), options.pop("data")))
     if len(pairs) > 1 and options.keys() & {"output_dir", "name"}:
         raise RecipeError("`--output_dir` and `--name` are for one model and one set of questions.")
+    folders: dict[Path, str] = {}
+    for model, data in pairs:
+        folder = evaluate(model, data, **options, check=True)
+        if folder in folders:
+            raise RecipeError(f"{data} and {folders[folder]} would both be written to {folder}: evaluate them apart.")
+        folders[folder] = data
     loaded: dict[str, Backend] = {}
-    for check in (True, False):
-        for model, data in pairs:
-            evaluate(model, data, **options, loaded=loaded, check=check)
+    for model, data in pairs:
+        evaluate(model, data, **options, loaded=loaded)
 
 
 if __name__ == "__main__":

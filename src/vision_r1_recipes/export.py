@@ -48,7 +48,7 @@ from transformers import (  # noqa: E402
 from vision_r1_recipes import checkpoints, preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import load_model, set_sampling  # noqa: E402
 from vision_r1_recipes.data import load_processor  # noqa: E402
-from vision_r1_recipes.evaluate import percent  # noqa: E402
+from vision_r1_recipes.evaluate import percent, weights_of  # noqa: E402
 from vision_r1_recipes.ptst import parse_stages  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.report import table  # noqa: E402
@@ -202,8 +202,7 @@ def load_evaluations(model: Path, folders: Sequence[str]) -> list[dict[str, Any]
     """
     found = {path.parent.resolve(): path.parent for path in sorted((model / "eval").rglob("summary.json"))}
     found |= {Path(folder).resolve(): Path(folder) for folder in folders}
-    # As `evaluate` notes them.
-    weights = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(model.glob("*.safetensors"))]
+    weights = weights_of(str(model))
     summaries = []
     for folder in found.values():
         summary = read_json(folder / "summary.json")

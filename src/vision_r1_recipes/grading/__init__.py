@@ -108,6 +108,11 @@ def _is_words(text: str) -> bool:
     return not re.search(r"[\\\d=<>+*/^]", text) and bool(re.search(r"[^\W\d_]{3}|[^\x00-\x7f]{2}", text))
 
 
+def agree(a: str, b: str) -> bool:
+    """Whether two answers are one, with either as the gold; what can't be a gold is one with an equal text only."""
+    return a == b or any(check_gold(gold) is None and grade(gold, answer) for gold, answer in ((a, b), (b, a)))
+
+
 def grade(gold: str, answer: str) -> bool:
     """Whether `answer` (text inside the answer tags) has the value of `gold` `[ours]`.
 
