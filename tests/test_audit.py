@@ -1,6 +1,7 @@
 """The audit finds every planted fault and nothing else, in small files of the released and the benchmarks' layouts."""
 
 import io
+import itertools
 import json
 import random
 import runpy
@@ -14,6 +15,8 @@ from PIL import Image, ImageDraw
 from runs import ROOT
 from vision_r1_recipes import audit, data, recipe
 from vision_r1_recipes.recipe import RecipeError
+from vision_r1_recipes.report import html
+from vision_r1_recipes.toy import questions
 
 
 def picture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -117,22 +120,27 @@ def world(toy, tmp_path_factory):
     hint = "Hint: Please answer the question and provide the final value at the end.\nQuestion: "
     options = "\nChoices:\n(A) 1\n(B) 2"
     more = [(200 + k, stored(picture(200 + k)), question(200 + k)) for k in range(4)]
-    (folder / "mathvista").mkdir()
+    (folder / "mathvista/data").mkdir(parents=True)
+    # As on the Hub, with annotations beside the parquet files that are no rows.
+    (folder / "mathvista/annot_testmini.json").write_text(json.dumps({"1": {"pid": "1", "question": "?"}}))
+    (folder / "mathvista/source.json").write_text(json.dumps({"Geometry3K": {"domain": "geometry"}}))
     pd.DataFrame(
         [
             {"pid": str(k), "question": f"{hint}{text}", "image": f"images/{k}.jpg", "decoded_image": image}
             | {"choices": None, "answer": "1", "question_type": "free_form", "answer_type": "integer"}
             for k, image, text in [*more, (7, again(7), question(7))]
         ]
-    ).to_parquet(folder / "mathvista/testmini-00000-of-00001.parquet")
+    ).to_parquet(folder / "mathvista/data/testmini-00000-of-00001.parquet")
     (folder / "mathverse").mkdir()
-    pd.DataFrame(
-        [
-            {"sample_index": str(k), "problem_index": str(k), "problem_version": "Text Dominant", "image": image}
-            | {"question": f"{text}{options}", "answer": "A", "question_type": "multi-choice"}
-            for k, image, text in [*more, (8, again(8), question(8))]
-        ]
-    ).to_parquet(folder / "mathverse/testmini.parquet")
+    verse = [
+        {"sample_index": str(k), "problem_index": str(k), "problem_version": "Text Dominant", "image": image}
+        | {"question": f"{text}{options}", "answer": "A", "question_type": "multi-choice"}
+        for k, image, text in [*more, (8, again(8), question(8))]
+    ]
+    pd.DataFrame(verse).to_parquet(folder / "mathverse/testmini.parquet")
+    text_only = [{**v, "sample_index": f"text {k}", "image": ""} for k, v in enumerate(verse)]
+    pd.DataFrame(text_only).to_parquet(folder / "mathverse/testmini_text_only.parquet")
+    (folder / "mathverse/testmini.json").write_text(json.dumps([{**v, "image": "images/1.png"} for v in verse]))
     (folder / "dynamath").mkdir()
     for variant in (1, 2):
         pd.DataFrame(
@@ -161,7 +169,7 @@ def world(toy, tmp_path_factory):
                 "model_name_or_path": str(toy / "model"),
                 "datasets": [{"path": str(folder / "rl")}],
                 "eval_datasets": [{"path": str(folder / "rl"), "split": "test"}],
-                **{"min_pixels": 3136, "max_pixels": 40000, "max_prompt_length": 256},
+                **{"min_pixels": 3136, "max_pixels": 40000, "max_prompt_length": 256, "num_proc": None},
                 "stages": [{"max_completion_length": 96, "num_generations": 4, "steps": 1}],
             }
         )
@@ -174,35 +182,46 @@ def flagged(findings: pd.DataFrame, name: str = "datasets") -> dict[str, list[st
     return {finding: sorted(group["id"]) for finding, group in ours.groupby("finding")}
 
 
+def per_set(totals) -> dict[str, int]:
+    return dict(audit._per_set(totals))
+
+
 @pytest.mark.slow
 def test_every_fault_of_an_rl_set_is_found_and_no_clean_row(world):
-    rows, findings, totals = audit.audit(recipe.load(world / "grpo.yaml"))
+    rows, findings, totals, not_compared = audit.audit(recipe.load(world / "grpo.yaml"))
     assert flagged(findings) == {**FAULTS, "leaked": ["row 6"]}
     assert flagged(findings, "eval_datasets") == {}
-    assert totals == {"datasets": 31, "eval_datasets": 9}
+    assert totals == {("datasets", f"{world}/rl"): 31, ("eval_datasets", f"{world}/rl:test"): 9}
+    assert not_compared == 0
     details = findings.set_index(["finding", "id"])["detail"]
-    assert details["leaked", "row 6"] == f"to row 8 of {world}/rl"
+    assert details["leaked", "row 6"] == f"to row 8 of {world}/rl:test"
     assert details["near duplicate", "row 22"] == f"of row 5 of {world}/rl"
     assert "'4000'" in details["conflicting answers", "row 4"]
+    assert details["image markers don't match the images", "row 23"] == "2 x <image>, 1 images"
     assert (rows["kind"][rows["id"].isin([f"row {k}" for k in range(10)])] == "number").all()
     # What the training would drop is what is called unusable, with the same reasons.
     processor = data.load_processor(recipe.load(world / "grpo.yaml")["model_name_or_path"], 3136, 40000)
     _, said = data.load_rows([{"path": str(world / "rl")}], "rl", processor, None, 256, max_dropped_share=1.0)
     assert {reason: len(FAULTS[reason]) for reason in said.dropped} == said.dropped
+    assert rows["used"].sum() == said.kept + 9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, leaked",
-    [("mathvista", ["7"]), ("mathverse", ["8"]), ("dynamath", ["9", "10"]), ("mm_math", ["11"])],
+    "name, leaked, told",
+    [
+        ("mathvista", ["7"], {}),
+        ("mathverse", ["8"], {"without a picture": [f"text {k}" for k in range(5)]}),
+        ("dynamath", ["9", "10"], {}),
+        ("mm_math", ["11"], {"can't be compared": ["row 5"]}),
+    ],
 )
-def test_leaks_to_the_benchmarks_in_their_own_layouts(world, name, leaked):
+def test_leaks_to_the_benchmarks_in_their_own_layouts(world, name, leaked, told):
     values = {**recipe.load(world / "grpo.yaml"), "eval_datasets": None}
-    _, findings, totals = audit.audit(values, against=[str(world / name)])
+    _, findings, totals, _ = audit.audit(values, against=[str(world / name)])
     assert flagged(findings) == {**FAULTS, "leaked": sorted(f"row {k}" for k in leaked)}
-    broken = {"can't be compared": ["row 5"]} if name == "mm_math" else {}
-    assert flagged(findings, "against") == broken
-    assert totals["against"] == {"dynamath": 10, "mm_math": 6}.get(name, 5)
+    assert flagged(findings, "against") == told
+    assert per_set(totals)["against"] == {"dynamath": 10, "mathverse": 10, "mm_math": 6}.get(name, 5)
     if name == "mm_math":
         assert "missing image" in findings.set_index("finding")["detail"]["can't be compared"]
 
@@ -210,12 +229,102 @@ def test_leaks_to_the_benchmarks_in_their_own_layouts(world, name, leaked):
 def test_the_same_picture_with_another_question_is_told_and_allowed(world, tmp_path):
     pd.DataFrame([row(2, problem=f"<image>{question(300)}")]).to_parquet(tmp_path / "other.parquet")
     values = {**recipe.load(world / "grpo.yaml"), "eval_datasets": None}
-    _, findings, totals = audit.audit(values, against=[str(tmp_path / "other.parquet")])
+    _, findings, totals, _ = audit.audit(values, against=[str(tmp_path / "other.parquet")])
     assert flagged(findings) == {**FAULTS, "shared picture": ["row 2"]}
     verdicts = {v["finding"]: v["holds"] for v in audit.verdicts(findings, totals, 0.3, {})}
     assert verdicts["shared picture"] is True and verdicts["conflicting answers"] is False
     assert verdicts["unusable"] is True and verdicts["broken image"] is True
     assert {v["finding"]: v["holds"] for v in audit.verdicts(findings, totals, 0.1, {})}["unusable"] is False
+
+
+def test_no_false_alarm_on_the_toy_world_s_pictures():
+    """They are dots and squares on a grid, more alike than any real ones, with a dozen different questions."""
+    held_out: set[str] = set()
+    rows, cells = [], []
+    for name, seed, count in (("eval_datasets", 1, 150), ("datasets", 2, 450)):
+        source = questions(random.Random(seed), held_out, hold_out=name != "datasets")
+        for asked in itertools.islice(source, count):
+            looked = audit._look({"images": [stored(asked.picture)]})
+            rows.append({"set": name, "source": name, "id": str(len(rows)), "question": asked.text} | looked)
+            rows[-1]["answer"] = asked.answer
+            cells.append((asked.text, asked.grid))
+    found, not_compared = audit._on_pairs(pd.DataFrame(rows))
+    assert not not_compared and {f["finding"] for f in found} == {"near duplicate", "shared picture"}
+    for f in found:
+        if f["finding"] == "near duplicate":  # the same cells before another tint
+            assert cells[int(f["id"])] == cells[int(f["detail"].split()[1])], f
+
+
+def test_rows_outside_of_a_band_of_pass_rates_are_held_against_nothing(world, tmp_path):
+    values = {**recipe.load(world / "grpo.yaml"), "eval_datasets": None}
+    rows = [row(0), row(1), row(1), row(2)]
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    rates = [{"id": f"row {i}", "digest": data.digest_of(r["problem"], r["answer"])} for i, r in enumerate(rows)]
+    pd.DataFrame(rates).assign(pass_rate=[0.5, 0.5, 1.0, 0.0]).to_parquet(tmp_path / "rates.parquet")
+    source = {"path": str(tmp_path / "train.parquet"), "pass_rates": str(tmp_path / "rates.parquet")}
+    values["datasets"] = [source | {"pass_rate_band": [0.1, 0.9]}]
+    _, findings, totals, _ = audit.audit(values)
+    assert flagged(findings) == {"pass rate outside the band": ["row 2", "row 3"]}
+    assert all(v["holds"] for v in audit.verdicts(findings, totals, 0.0, {}))
+
+
+def test_all_rows_may_be_unusable(world, tmp_path):
+    values = {**recipe.load(world / "grpo.yaml"), "eval_datasets": None}
+    pd.DataFrame([row(0, images=[]), row(1, answer="")]).to_parquet(tmp_path / "train.parquet")
+    values["datasets"] = [{"path": str(tmp_path / "train.parquet")}]
+    assert audit.report(values, "all.yaml", output_dir=str(tmp_path / "out")) == 1
+    assert "| 2 | 100.00% |" in " ".join((tmp_path / "out/audit.md").read_text().split())
+    with pytest.raises(RecipeError, match="`datasets` is empty"):
+        audit.audit({**values, "datasets": []})
+    with pytest.raises(RecipeError, match=r"unknown key `dataset`.*`datasets`"):
+        audit.audit({**values, "dataset": []})
+    with pytest.raises(RecipeError, match="another's"):
+        audit.audit(recipe.load(ROOT / "recipes/bridge.yaml"))
+
+
+def test_every_recipe_s_kind_is_known():
+    for file in (ROOT / "recipes").rglob("*.yaml"):
+        values = recipe.load(file)
+        if values.keys() & {"stages", "global_batch_size"}:
+            assert audit._kind(values) == ("rl" if "stages" in values else "sft"), file
+
+
+def plain_rows(*made: dict) -> pd.DataFrame:
+    """Rows as they are when the pictures have been looked at: `p` is a row's picture."""
+    return pd.DataFrame(
+        {"set": "datasets", "source": "s", "id": str(i), "answer": "1"}
+        | {"pixels": str(m["p"]), "phash": f"{m['p']:016x}", "small": bytes([m["p"]]) * 8}
+        | {"question": "?"}
+        | {k: v for k, v in m.items() if k != "p"}
+        for i, m in enumerate(made)
+    )
+
+
+def test_what_is_too_much_to_compare_is_counted_and_exact_leaks_are_found_anyway(monkeypatch):
+    monkeypatch.setattr(audit, "TEXT_PAIRS", 10)
+    many = [{"p": 0, "question": f"{k} apples?"} for k in range(20)]
+    rows = plain_rows(*many, {"p": 0, "question": "19  Apples?", "set": "against"})
+    found, not_compared = audit._on_pairs(rows)
+    assert not_compared == 21 * 20 // 2 - 10
+    assert [f["id"] for f in found if f["finding"] == "leaked"] == ["19"]
+
+    monkeypatch.setattr(audit, "NEIGHBOURS", 3)
+    found, not_compared = audit._on_pairs(plain_rows(*({"p": k, "question": f"{k} apples?"} for k in range(8))))
+    assert not_compared == 8 * 7 // 2 - (3 * 5 + 2 + 1)
+    monkeypatch.undo()
+    assert audit._on_pairs(plain_rows(*({"p": k, "question": f"{k} apples?"} for k in range(8))))[1] == 0
+
+
+def test_a_repeat_leaks_when_its_first_does():
+    rows = plain_rows({"p": 1}, {"p": 1}, {"p": 200, "question": "x"}, {"p": 2, "set": "eval_datasets"})
+    found, _ = audit._on_pairs(rows)
+    assert [f["id"] for f in found if f["finding"] == "leaked"] == ["0", "1"]
+
+
+def test_text_of_rows_is_shown_as_it_is():
+    page = html(f"- {audit._plain('2 x <image>, a_b_c | `x` **y** &lt; [1](2)')}\n", "t", ROOT)
+    assert "<li>2 x &#60;image&#62;, a_b_c &#124; `x` **y** &#38;lt; [1](2)</li>" in page
+    assert audit._plain("a " * 400).endswith(" ...")
 
 
 def cold(k: int, **changed) -> dict:
@@ -224,6 +333,9 @@ def cold(k: int, **changed) -> dict:
         {"from": "gpt", "value": f"<think> So. </think><answer> Final Answer:{k} </answer>"},
     ]
     return {"id": f"cold-{k}", "image": f"pictures/{k}.png", "conversations": turns} | changed
+
+
+ODD = {"from": "gpt", "value": "<think> So. </think><answer> Final Answer:\\frac{1}{ </answer>"}
 
 
 @pytest.mark.slow
@@ -244,6 +356,8 @@ def test_the_cold_start_s_layouts(world, tmp_path, schema):
             conversations=[{"from": "human", "value": "<image><image>x"}, cold(11)["conversations"][1]],
         ),
         cold(9, id="long", conversations=[cold(9)["conversations"][0], {"from": "gpt", "value": "word " * 400}]),
+        cold(9, id="untagged", conversations=[cold(9)["conversations"][0], {"from": "gpt", "value": "It is 9."}]),
+        cold(0, id="odd", image="pictures/8.png", conversations=[cold(0)["conversations"][0], ODD]),
     ]
     if schema == "mulberry":
         roles = {"human": "user", "gpt": "assistant"}
@@ -260,65 +374,101 @@ def test_the_cold_start_s_layouts(world, tmp_path, schema):
         "datasets": [{"path": str(tmp_path / "cold.json")}],
         **{"min_pixels": 3136, "max_pixels": 40000},
     }
-    _, findings, _ = audit.audit(values)
-    names = ["again", "missing", "broken", "marked", "long"]
-    ids = dict(zip(names, names if schema == "llava_cot" else [f"row {k}" for k in range(9, 14)], strict=True))
+    _, findings, _, _ = audit.audit(values)
+    names = ["again", "missing", "broken", "marked", "long", "untagged", "odd"]
+    ids = dict(zip(names, names if schema == "llava_cot" else [f"row {k}" for k in range(9, 16)], strict=True))
     assert flagged(findings) == {
         "exact duplicate": [ids["again"]],
         "missing image": [ids["missing"]],
         "broken image": [ids["broken"]],
         "image markers don't match the images": [ids["marked"]],
         "too many tokens": [ids["long"]],
+        "no <think> and <answer>": [ids["untagged"]],
+        "suspicious answer": [ids["odd"]],
+        "shared picture": [ids["odd"]],
     }
+    # The same file as a set that an RL run must not have.
+    values = {**recipe.load(world / "grpo.yaml"), "eval_datasets": None}
+    _, findings, _, _ = audit.audit(values, against=[str(tmp_path)])
+    assert set(flagged(findings)["leaked"]) == {f"row {k}" for k in (*range(10), 20, 21, 22)}
 
 
 @pytest.mark.slow
-def test_the_command_and_its_exit_codes(world, tmp_path):
-    command = [sys.executable, "-m", "vision_r1_recipes.data", "audit", str(world / "grpo.yaml")]
-    run = subprocess.run([*command, "--output_dir", str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 1 and "datasets: 1 leaked (3.2%, allowed 0.0%)  <-- too many" in run.stdout
+def test_the_command_and_its_exit_codes(world, tmp_path, capsys):
+    command = ["audit", str(world / "grpo.yaml"), "--output_dir", str(tmp_path)]
+    assert data.main(command) == 1
+    assert "datasets: 1 leaked (3.2%, allowed 0.0%)  <-- too many" in capsys.readouterr().out
     page = (tmp_path / "audit.html").read_text()
-    assert "conflicting answers" in page and "data:image/png" in page
+    assert "conflicting answers" in page and "data:image/png" in page and "&#60;image&#62;" in page
     assert len(pd.read_parquet(tmp_path / "findings.parquet")) == sum(map(len, FAULTS.values())) + 1
-    assert json.loads((tmp_path / "audit.json").read_text())["rows"] == {"datasets": 31, "eval_datasets": 9}
+    kept = json.loads((tmp_path / "audit.json").read_text())
+    assert kept["rows"] == {"datasets": 31, "eval_datasets": 9} and kept["pairs_not_compared"] == 0
     more = [f"{name}=1" for name in (*audit.ALLOWED, audit.UNUSABLE)]
-    run = subprocess.run([*command, "--output_dir", str(tmp_path), "--allow", *more], capture_output=True, text=True)
-    assert run.returncode == 0 and "too many\n" not in run.stdout.replace("too many tokens", "")
-    run = subprocess.run([*command, "--allow", "leakd=1"], capture_output=True, text=True)
-    assert run.returncode == 2 and "error: `--allow`: leakd: none of" in run.stderr
+    assert data.main([*command, "--allow", *more]) == 0
+    assert "too many\n" not in capsys.readouterr().out
+    assert data.main([*command, "--allow", *more, "leaked=0.01"]) == 1
+    with pytest.raises(RecipeError, match="`--allow`: leakd: none of"):
+        data.main([*command, "--allow", "leakd=1"])
+    with pytest.raises(RecipeError, match="write FINDING=SHARE"):
+        data.main([*command, "--allow", "leaked"])
     broken = tmp_path / "broken.parquet"
     broken.write_bytes((world / "rl/train.parquet").read_bytes()[:-100])
-    for more in (["--datasets", json.dumps([{"path": str(broken)}])], ["--against", str(broken)]):
-        run = subprocess.run([*command, *more], capture_output=True, text=True)
-        assert run.returncode == 2 and "can't read" in run.stderr and "Traceback" not in run.stderr
+    with pytest.raises(RecipeError, match="against: can't read"):
+        data.main([*command, "--against", str(broken)])
+    command = [sys.executable, "-m", "vision_r1_recipes.data", *command]
+    run = subprocess.run([*command, "--datasets", json.dumps([{"path": str(broken)}])], capture_output=True, text=True)
+    assert run.returncode == 2 and "error: datasets[0]: can't read" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_another_set_needs_a_question_and_a_picture(world, tmp_path):
     pd.DataFrame({"text": ["a"], "picture": ["b"]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(RecipeError, match="has the columns picture, text; needed are"):
-        audit._benchmark(str(tmp_path / "x.parquet"), "", None)
+        audit._other(str(tmp_path / "x.parquet"), None)
+    with pytest.raises(RecipeError, match=r"has the columns domain; needed are .* Name the right file"):
+        (tmp_path / "y.json").write_text(json.dumps([{"domain": "geometry"}]))
+        audit._other(str(tmp_path / "y.json"), None)
 
 
 def test_near_texts():
     near, contained = audit._near_texts, audit._contained
     assert near("what is the length of side ab in the figure", "what is the length of side ab in this figure")
     assert not near("what is the length of side ab when x is 3", "what is the length of side ab when x is 5")
-    assert contained("find x", "question: find x.\nchoices: 1, 2") and contained("", "anything")
+    assert contained("find x.", "question: find x\nchoices: 1, 2") and contained("", "anything")
     assert not contained("how high are the red bars", "how many red bars are there in the upper row")
 
 
 @pytest.mark.slow
 def test_a_download_is_checked(world, tmp_path):
-    prepare = runpy.run_path(str(ROOT / "data/prepare.py"))["check"]
+    module = runpy.run_path(str(ROOT / "data/prepare.py"))
+    prepare, expected = module["check"], module["COLD"]
     said, problems = prepare(world / "rl")
-    assert "train: 31 rows, about 10,000 expected" in said and "ok      test: 9 rows" in said and problems == 1
+    assert "PROBLEM train: 31 rows, about 10,000 expected: run `hf download Osilly/Vision-R1-rl" in said
+    assert "ok      test: 9 rows" in said and "train: 0 of 31 rows lack a picture" in said and problems == 1
+    (tmp_path / "bare").mkdir()
+    bare = [row(1), row(2, images=[{"bytes": None, "path": "2.png"}])]
+    pd.DataFrame(bare).to_parquet(tmp_path / "bare/train.parquet")
+    said, problems = prepare(tmp_path / "bare")
+    assert "1 of 2 rows lack a picture: for example row 1" in said and "test: no parquet file" in said
+    assert problems == 3
+
     folder = tmp_path / "Vision-R1-cold"
     (folder / "llava_cot_images").mkdir(parents=True)
     picture(1).save(folder / "llava_cot_images/1.png")
     rows = [cold(k, image=f"llava_cot_images/{k}.png") for k in (1, 2)]
     (folder / "vision_r1_llava_cot_full.json").write_text(json.dumps(rows))
     said, problems = prepare(folder)
-    assert "vision_r1_mulberry_sft_full.json is missing" in said
-    assert "2 rows, 63,019 expected" in said and "1 of 2 pictures are missing" in said and problems == 3
-    with pytest.raises(SystemExit, match="neither"):
-        prepare(tmp_path)
+    assert "vision_r1_mulberry_sft_full.json is missing: run `hf download" in said
+    assert "2 rows, 63,019 expected" in said and "1 of 2 pictures are missing: for example llava" in said
+    assert "put the pictures of Xkev/LLaVA-CoT-100k into" in said and problems == 3
+
+    turns = [{"from": "user", "value": "<image>?"}, {"from": "assistant", "value": "1"}]
+    rows = [{"images": ["llava_cot_images/1.png"], "conversations": turns}]
+    (folder / "vision_r1_mulberry_sft_full.json").write_text(json.dumps(rows))
+    picture(2).save(folder / "llava_cot_images/2.png")
+    expected |= {"vision_r1_llava_cot_full.json": 2, "vision_r1_mulberry_sft_full.json": 1}
+    said, problems = prepare(folder)
+    assert "PROBLEM" not in said and problems == 0
+    with pytest.raises(RecipeError, match="holds neither"):
+        prepare(tmp_path / "Vision-R1-cold/llava_cot_images")
+    with pytest.raises(RecipeError, match="there is no folder"):
+        prepare(tmp_path / "none")

@@ -13,18 +13,21 @@ of which a row may have several:
 - `exact duplicate` of a row before it: same pixels, same text (letter case and blanks aside);
 - `conflicting answers`: the same question with the same pixels has another answer elsewhere in the set;
 - `near duplicate` of a row before it: near pictures, near text, the same numbers in it and the same answer;
-- `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and near texts or one
-  within the other;
-- `shared picture`: only the picture is in another set; allowed unless `--allow` says otherwise;
-- `suspicious answer`: see `rewards check`; allowed too.
+- `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and one text within
+  the other or near texts with the same numbers and, in `eval_datasets`, the same answer;
+- allowed unless `--allow` says otherwise: `shared picture` (only the picture is near another row's), `suspicious
+  answer` (see `rewards check`; in a cold start, one that can't be graded), `no <think> and <answer>` (where most rows
+  of a cold start have them), and rows without a picture in another set.
 
-Pictures are near when their perceptual hashes agree in one of four parts and in all but 8 of 64 bits, and small copies
-of them (32 x 32 grey, 8 x 8 in colour) differ nowhere by more than 12 of 255: another compression or size, or a small
-label changed, but no crop and no rotation. Texts are near when 70 % of their 5-grams of characters are common.
+Rows that the training drops or leaves out are held against nothing. Pictures are near when their perceptual hashes
+agree in one of four parts and in all but 8 of 64 bits, and small copies of them (32 x 32 grey, 8 x 8 in colour) differ
+nowhere by more than 12 of 255: another compression or size, or a small label changed, but no crop and no rotation.
+Texts are near when 70 % of their 5-grams of characters are common.
 
-`--against` takes any layout of ours and the files of MathVista, MathVerse, DynaMath and MM-Math. Writes `audit.md`,
-`audit.html`, `audit.json` and `findings.parquet` (every flagged row) into `runs/audit/RECIPE`. Exit code 1 when a
-finding has a greater share of its set than allowed, 2 when the recipe or a file can't be read.
+`--against` takes any layout of ours and the files of MathVista, MathVerse, DynaMath and MM-Math; of a folder that has
+both, the parquet files and not the JSON. Writes `audit.md`, `audit.html`, `audit.json` and `findings.parquet` (every
+flagged row) into `runs/audit/RECIPE`. Exit code 1 when a finding has a greater share of its set than allowed, 2 when
+the recipe or a file can't be read.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import fields
+from functools import lru_cache, partial
+from itertools import combinations, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +47,18 @@ import imagehash
 import matplotlib
 import numpy as np
 import pandas as pd
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from qwen_vl_utils.vision_process import to_rgb
 from transformers import ProcessorMixin
+from trl import ModelConfig
 
 from . import data, golds
+from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .data import Drop
-from .grading import POOL, grade
-from .recipe import RecipeError
+from .grading import POOL, agree, check_gold
+from .plan import start_model
+from .recipe import RecipeError, check_keys, refuse_other_kind
 from .report import html, table
 from .rewards import parse_format
 
@@ -61,14 +70,17 @@ import matplotlib.pyplot as plt
 TRAIN, EVAL, AGAINST = "datasets", "eval_datasets", "against"
 NEVER = "never rewarded in stage 1"
 EXACT, CONFLICT, NEAR = "exact duplicate", "conflicting answers", "near duplicate"
-LEAKED, SHARED, SUSPICIOUS = "leaked", "shared picture", "suspicious answer"
-UNUSABLE, UNREADABLE = "unusable", "can't be compared"
+LEAKED, SHARED, SUSPICIOUS, UNTAGGED = "leaked", "shared picture", "suspicious answer", "no <think> and <answer>"
+UNUSABLE, UNREADABLE, TEXT_ONLY = "unusable", "can't be compared", "without a picture"
 # Greatest share of a set's rows; what the training drops has `max_dropped_share`.
 ALLOWED = {NEVER: 0.01, EXACT: 0.01, CONFLICT: 0.0, NEAR: 0.05, LEAKED: 0.0, UNREADABLE: 0.0}
-ALLOWED |= {SHARED: 1.0, SUSPICIOUS: 1.0}
+ALLOWED |= {SHARED: 1.0, SUSPICIOUS: 1.0, UNTAGGED: 1.0, TEXT_ONLY: 1.0, data.OUTSIDE: 1.0}
 BITS, DIFFERENCE, COMMON, GRAM = 8, 12, 0.7, 5
-WINDOW = 500  # of pictures with a part of the hash in common, this many neighbours are compared
-IMAGES = ("decoded_image", "images", "image", "file_name")  # columns of other sets, the first that there is
+# A picture is compared with this many others of near hash, and so many pairs of texts of two pictures: without a limit
+# a set of blank pictures would take days. What is left out by it is counted in the report.
+NEIGHBOURS, TEXT_PAIRS = 500, 250_000
+QUESTIONS = ("question", "problem", "prompt", "conversations")  # columns of other sets, the first that there is
+IMAGES = ("decoded_image", "images", "image", "file_name")
 SHORTEST_REASONING = 16  # tokens
 LIMITS = ("max_prompt_length", "max_length", "min_pixels", "max_pixels")
 _LOOK = Features(
@@ -82,7 +94,7 @@ def audit(
     processor: str | None = None,
     shortest_reasoning: int = SHORTEST_REASONING,
     num_proc: int | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame, Counter]:
+) -> tuple[pd.DataFrame, pd.DataFrame, Counter, int]:
     """
     Look at all rows of a recipe.
 
@@ -94,72 +106,109 @@ def audit(
         num_proc (`int`, *optional*): Processes; defaults to the recipe's.
 
     Returns:
-        The rows that can be read (`set`, `source`, `id`, `question`, `answer`, `kind`, `tokens`, `area` in pixels),
-        the findings (`set`, `source`, `id`, `finding`, `detail`), and how many rows each set has.
+        The rows that can be read (`set`, `source`, `id`, `question`, `answer`, `kind`, `tokens`, `area` in pixels,
+        `used`: false where a row has too many tokens), the findings (`set`, `source`, `id`, `finding`, `detail`), how
+        many rows each `(set, source)` has, and how many pairs were not compared for being too many.
 
     Raises:
-        `RecipeError`: the processor or a source can't be read.
+        `RecipeError`: an unknown key, or a processor or a source that can't be read.
     """
-    kind = "rl" if values.keys() & {"stages", "prompts_per_rollout", "reward"} else "sft"
+    kind = _kind(values)
     limit = values.get("max_prompt_length" if kind == "rl" else "max_length")
     loaded = data.load_processor(
-        processor or values["model_name_or_path"], values.get("min_pixels"), values.get("max_pixels")
+        processor or values.get("model_name_or_path") or "(not set)",
+        values.get("min_pixels"),
+        values.get("max_pixels"),
     )
     num_proc = num_proc or values.get("num_proc")
     frames, findings, totals = [], [], Counter()
     for name in (TRAIN, EVAL):
         sources = values.get(name) or []
         options = {"system_prompt": values.get("system_prompt"), "num_proc": num_proc, "name": name}
-        parts = data.check_rows(sources, kind, loaded, **options) if sources else []
-        for source, part in zip(sources, parts, strict=True):
-            totals[name] += len(part)
-            frames.append(_converted(name, source["path"], part, kind, num_proc))
-            for row in part.remove_columns("images"):
-                where = {"set": name, "source": source["path"], "id": row["id"]}
-                reason, detail = row["dropped"], row["detail"]
-                if not reason and limit is not None and row["tokens"] > limit:
-                    reason, detail = "too many tokens", f"{row['tokens']} tokens, the limit is {limit}"
-                if reason:
-                    findings.append({**where, "finding": reason, "detail": detail})
+        parts = data.check_rows(sources, kind, loaded, **options) if sources or name == TRAIN else []
+        for i, (source, part) in enumerate(zip(sources, parts, strict=True)):
+            where = {"set": name, "source": _label(source)}
+            totals[tuple(where.values())] += len(part)
+            frame, dropped = _converted(part, source, kind, limit, num_proc, f"{name}[{i}]")
+            frames.append(frame.assign(**where))
+            findings += [{**where, **problem} for problem in dropped]
     for place in against:
-        path, _, split = place.partition(":") if not Path(place).exists() else (place, "", "")
-        frame, problems = _benchmark(path, split, num_proc)
-        totals[AGAINST] += len(frame) + len(problems)
-        frames.append(frame)
-        findings += problems
-    rows = pd.concat(frames, ignore_index=True)
+        frame, problems = _other(place, num_proc)
+        totals[AGAINST, place] += len(frame) + len(problems)
+        frames.append(frame.assign(set=AGAINST, source=place))
+        findings += [{"set": AGAINST, "source": place, **problem} for problem in problems]
+    rows = pd.concat(frames, ignore_index=True).astype({"used": bool, "tagged": bool})
     findings += _on_answers(rows, loaded, values, kind, shortest_reasoning)
-    findings += _on_pairs(rows)
-    shown = rows.drop(columns=["pixels", "phash", "small"])
-    return shown, pd.DataFrame(findings, columns=["set", "source", "id", "finding", "detail"]), totals
+    on_pairs, not_compared = _on_pairs(rows[rows["used"]].reset_index(drop=True))
+    findings = pd.DataFrame(findings + on_pairs, columns=["set", "source", "id", "finding", "detail"])
+    return rows.drop(columns=["pixels", "phash", "small"]), findings, totals, not_compared
 
 
 # Reading
 
 
-def _converted(name: str, source: str, part: Dataset, kind: str, num_proc: int | None) -> pd.DataFrame:
-    """The usable rows of a checked source."""
-    part = part.filter(lambda reason: not reason, input_columns="dropped")
+def _kind(values: Mapping[str, Any]) -> str:
+    kind = "rl" if values.keys() & {"stages", "prompts_per_rollout", "reward", "max_prompt_length"} else "sft"
+    configs = (DataArguments, ModelConfig, VisionGRPOConfig if kind == "rl" else VisionSFTConfig)
+    valid = {spec.name for config in configs for spec in fields(config)}
+    refuse_other_kind(dict(values), valid)
+    check_keys(dict(values), valid)
+    return kind
+
+
+def _label(source: Mapping[str, Any]) -> str:
+    files, split = source.get("data_files"), source.get("split", "train")
+    named = "/".join([source["path"], *([", ".join([files] if isinstance(files, str) else files)] if files else [])])
+    return named if split == "train" else f"{named}:{split}"
+
+
+def _converted(
+    part: Dataset, source: Mapping[str, Any], kind: str, limit: int | None, num_proc: int | None, where: str
+) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    """The readable rows of a checked source, and why the training leaves which rows out."""
+    ids, tokens, reasons = part["id"][:], part["tokens"][:], part["dropped"][:]
+    details = [text.removeprefix(key).removeprefix(": ") for key, text in zip(ids, part["detail"], strict=True)]
+    readable = [i for i, reason in enumerate(reasons) if not reason]
+    for i in readable:
+        if limit is not None and tokens[i] > limit:
+            reasons[i], details[i] = "too many tokens", f"{tokens[i]} tokens, the limit is {limit}"
+    if source.get("pass_rates"):
+        fitting = [i for i in readable if not reasons[i]]
+        for k, rate in data.outside_band(part.select(fitting), source, where).items():
+            reasons[fitting[k]], details[fitting[k]] = data.OUTSIDE, f"{rate:g}"
+    dropped = [
+        {"id": key, "finding": reason, "detail": detail}
+        for key, reason, detail in zip(ids, reasons, details, strict=True)
+        if reason
+    ]
+    part = part.select(readable)
     looks = part.select_columns("images").map(_look, features=_LOOK, remove_columns="images", num_proc=num_proc)
     rows = part.remove_columns("images")
-    if kind == "rl":
-        answers = rows["solution"][:]
-    else:
-        answers = [parse_format(turns[0]["content"][0]["text"]) or "" for turns in rows["completion"]]
-    frame = pd.DataFrame({"id": rows["id"][:], "answer": answers, "tokens": rows["tokens"][:]})
+    answers = rows["solution"] if kind == "rl" else (turns[0]["content"][0]["text"] for turns in rows["completion"])
+    frame = pd.DataFrame({"id": rows["id"][:], "answer": list(answers), "tokens": rows["tokens"][:]})
+    frame["tagged"] = True
+    if kind == "sft":
+        parsed = [parse_format(text) for text in frame["answer"]]
+        frame["tagged"] = [answer is not None for answer in parsed]
+        # Where the format is another one by intention, the whole is the answer.
+        frame["answer"] = [
+            whole if answer is None else answer for answer, whole in zip(parsed, frame["answer"], strict=True)
+        ]
     frame["question"] = [data.question_of(prompt) for prompt in rows["prompt"]]
-    return _with_looks(frame, looks).assign(set=name, source=source)
+    frame["used"] = [not reasons[i] for i in readable]
+    return _with_looks(frame, looks), dropped
 
 
 def _with_looks(frame: pd.DataFrame, looks: Dataset) -> pd.DataFrame:
-    return frame.assign(**{column: looks[column][:] for column in _LOOK})
+    # `map` gives a set without rows no columns.
+    return frame.assign(**{column: looks[column][:] if len(looks) else [] for column in _LOOK})
 
 
 def _look(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of a row's pictures."""
     digest, small, area, phash = hashlib.blake2b(digest_size=12), b"", [], None
     for image in row["images"]:
-        picture = data.open_picture(image).convert("RGB")
+        picture = to_rgb(data.open_picture(image))  # as the model sees it: what is transparent becomes white
         digest.update(f"{picture.size}".encode() + picture.tobytes())
         phash = str(imagehash.phash(picture)) if phash is None else phash
         for mode, side in (("L", 32), ("RGB", 8)):
@@ -168,59 +217,91 @@ def _look(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"pixels": digest.hexdigest(), "phash": phash or "0", "small": small, "area": area}
 
 
-def _benchmark(path: str, split: str, num_proc: int | None) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+def _other(place: str, num_proc: int | None) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     """The rows of a set that is not trained on, and findings on those that can't be compared."""
-    files = [path]
+    path, _, split = place.partition(":") if not Path(place).exists() else (place, "", "")
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    paths = [path]
     if Path(path).is_dir() and not split:
-        files = sorted(str(file) for file in Path(path).rglob("*") if file.suffix in data.BUILDERS)
-    split = {"split": split} if split else {}
-    rows = concatenate_datasets([data.open_source({"path": file, **split}, AGAINST) for file in files or [path]])
+        # MathVista and MathVerse have their annotations as JSON once more, beside the parquet files with the pictures.
+        found = sorted(file for file in folder.rglob("*") if file.suffix in data.BUILDERS)
+        paths = [str(file) for file in found if file.suffix == ".parquet"] or list(map(str, found)) or paths
+    files = {p: data.open_source({"path": p, **({"split": split} if split else {})}, AGAINST) for p in paths}
+    if not any(set(rows.column_names) & set(IMAGES) for rows in files.values()):
+        _refuse_columns(place, next(iter(files.values())))
+    parts = [_compared(rows, place, folder, num_proc) for rows in files.values()]
+    frame = pd.concat([part for part, _ in parts], ignore_index=True)
+    return frame, [problem for _, problems in parts for problem in problems]
+
+
+def _refuse_columns(place: str, rows: Dataset) -> None:
+    columns = sorted(rows.column_names)
+    shown = ", ".join(columns[:20]) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
+    known = f"one of {', '.join(QUESTIONS)} and one of {', '.join(IMAGES)}"
+    raise RecipeError(f"against: {place} has the columns {shown}; needed are {known}. Name the right file.")
+
+
+def _compared(
+    rows: Dataset, place: str, folder: Path, num_proc: int | None
+) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     columns = set(rows.column_names)
-    question = next((name for name in ("question", "problem", "prompt") if name in columns), None)
+    question = next((name for name in QUESTIONS if name in columns), None)
+    if question is None:
+        _refuse_columns(place, rows)
+    ids = next((name for name in ("id", "pid", "sample_index") if name in columns), None)
+    names = [str(key) for key in rows[ids]] if ids else [f"row {i}" for i in range(len(rows))]
+    texts = [_question(value) for value in rows[question]]
+    frame = pd.DataFrame({"id": names, "question": texts, "answer": "", "tokens": 0, "tagged": True, "used": True})
     images = next((name for name in IMAGES if name in columns), None)
-    if question is None or images is None:
-        known = f"question, problem or prompt, and {', '.join(IMAGES[:-1])} or {IMAGES[-1]}"
-        raise RecipeError(f"against: {path} has the columns {', '.join(sorted(columns))}; needed are {known}.")
+    if images is None:  # a file of questions without pictures beside others
+        missing = [{"id": name, "finding": TEXT_ONLY, "detail": ""} for name in names]
+        return frame[:0].assign(**dict.fromkeys(_LOOK)), missing
     feature = rows.features[images]
     if isinstance(feature, Image):
         rows = rows.cast_column(images, Image(decode=False))
     elif isinstance(feature, List) and isinstance(feature.feature, Image):
         rows = rows.cast_column(images, List(Image(decode=False)))
-    ids = next((name for name in ("id", "pid", "sample_index") if name in columns), None)
-    names = [str(key) for key in rows[ids]] if ids else [f"row {i}" for i in range(len(rows))]
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    places = {}
     if images == "file_name":  # of MM-Math: somewhere below
         places = {file.name: str(file.absolute()) for file in folder.rglob("*") if file.is_file()}
-        rows = rows.map(lambda row: {"file_name": places.get(Path(row["file_name"]).name, row["file_name"])})
     looks = rows.select_columns(images).map(
-        partial(_try_look, column=images, folder=str(folder)),
-        features=Features({**_LOOK, "problem": Value("string")}),
+        partial(_try_look, column=images, folder=str(folder), places=places),
+        features=Features({**_LOOK, "finding": Value("string"), "detail": Value("string")}),
         remove_columns=images,
         num_proc=num_proc,
+        load_from_cache_file=False,  # the cache knows nothing of the picture files
     )
-    texts = [value if isinstance(value, str) else data.question_of(value) if value else "" for value in rows[question]]
-    frame = _with_looks(pd.DataFrame({"id": names, "question": texts, "answer": "", "tokens": 0}), looks)
-    frame = frame.assign(set=AGAINST, source=path)
-    problems = looks["problem"][:]
-    findings = [
-        {"set": AGAINST, "source": path, "id": name, "finding": UNREADABLE, "detail": problem}
-        for name, problem in zip(names, problems, strict=True)
-        if problem
+    found, details = (looks[column][:] if len(looks) else [] for column in ("finding", "detail"))
+    problems = [
+        {"id": name, "finding": finding, "detail": detail}
+        for name, finding, detail in zip(names, found, details, strict=True)
+        if finding
     ]
-    return frame[[not problem for problem in problems]], findings
+    return _with_looks(frame, looks)[np.array([not finding for finding in found], bool)], problems
 
 
-def _try_look(row: Mapping[str, Any], column: str, folder: str) -> dict[str, Any]:
+def _question(value: Any) -> str:
+    """The question of a row: text, messages, or turns of a conversation."""
+    if not value or isinstance(value, str):
+        return value or ""
+    if "from" in value[0]:
+        return next((turn["value"] or "" for turn in value if data.ROLES.get(turn["from"]) == "user"), "")
+    content = value[-1]["content"]
+    return content if isinstance(content, str) else data.question_of(value)
+
+
+def _try_look(row: Mapping[str, Any], column: str, folder: str, places: Mapping[str, str]) -> dict[str, Any]:
+    nothing = {"pixels": "", "phash": "0", "small": b"", "area": []}
     try:
-        images = data.pictures(row[column])
+        images = data.pictures(row[column] or None)
         if not images:
-            raise Drop("no image")
+            return {**nothing, "finding": TEXT_ONLY, "detail": ""}
         for image in images:
+            image["path"] = places.get(Path(image["path"] or "").name, image["path"])
             image["path"], _ = data.open_image(image, folder)
-        return {**_look({"images": images}), "problem": ""}
+        return {**_look({"images": images}), "finding": "", "detail": ""}
     except Drop as drop:
-        nothing = {"pixels": "", "phash": "0", "small": b"", "area": []}
-        return {**nothing, "problem": f"{drop.reason}: {drop.detail}".rstrip(": ")}
+        return {**nothing, "finding": UNREADABLE, "detail": f"{drop.reason}: {drop.detail}".rstrip(": ")}
 
 
 # Findings
@@ -232,30 +313,45 @@ def _on_answers(
     """Adds the answers' kinds to `rows`."""
     ours = rows["set"] != AGAINST
     different = sorted(set(rows["answer"][ours]))
-    rows["kind"] = rows["answer"].map({answer: golds.kind_of(answer) for answer in different}).where(ours, "")
-    if kind != "rl":
-        return []
+    kinds = {answer: golds.kind_of(answer) for answer in different}
+    rows["kind"] = rows["answer"].map(kinds).where(ours, "")
+    found: list[dict[str, str]] = []
+
+    def note(row: Mapping[str, Any], finding: str, detail: str) -> None:
+        found.append({key: row[key] for key in ("set", "source", "id")} | {"finding": finding, "detail": detail})
+
+    used = rows[ours & rows["used"]].drop(columns=["small", "area"])
+    if kind == "sft":
+        for _, group in used.groupby(["set", "source"], sort=False):
+            if group["tagged"].mean() < 0.5:  # direct answers, by intention
+                continue
+            tagged = sorted(set(group["answer"][group["tagged"]]))
+            reasons = dict(zip(tagged, POOL.map(check_gold, tagged), strict=True))
+            for row in group.to_dict("records"):
+                if not row["tagged"]:
+                    note(row, UNTAGGED, f"ends with {row['answer'][-60:]!r}")
+                elif reason := reasons[row["answer"]]:
+                    note(row, SUSPICIOUS, f"{row['answer']!r} can't be graded: {reason}")
+        return found
     said = {answer: golds.doubts(answer) for answer in different}
     texts = [f"<think>  </think><answer> Final Answer:{answer} </answer>" for answer in different]
     lengths = map(len, processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     least = {answer: length + 1 + shortest for answer, length in zip(different, lengths, strict=True)}
     caps = [stage["max_completion_length"] for stage in values.get("stages") or []]
-    found = []
-    for row in rows[ours].to_dict("records"):
-        where = {key: row[key] for key in ("set", "source", "id")}
+    cap = next(iter(caps), values.get("max_completion_length"))
+    for row in used.to_dict("records"):
         if doubts := said[row["answer"]]:
-            found.append({**where, "finding": SUSPICIOUS, "detail": f"{row['answer']!r}: {'; '.join(doubts)}"})
+            note(row, SUSPICIOUS, f"{row['answer']!r}: {'; '.join(doubts)}")
         needed = least[row["answer"]]
-        if caps and needed > caps[0] and row["set"] == TRAIN:
-            detail = f"needs {needed} tokens at least, the cap is {caps[0]}"
-            found.append({**where, "finding": NEVER, "detail": detail})
+        if cap is not None and needed > cap and row["set"] == TRAIN:
+            note(row, NEVER, f"needs {needed} tokens at least, the cap is {cap}")
     return found
 
 
-def _on_pairs(rows: pd.DataFrame) -> list[dict[str, str]]:
-    """Duplicates, conflicts and leaks."""
+def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
+    """Duplicates, conflicts and leaks, and how many pairs were not compared."""
     texts = [" ".join(text.replace(data.MARKER, " ").casefold().split()) for text in rows["question"]]
-    of = {key: list(rows[key]) for key in ("set", "source", "id", "answer", "pixels", "small")}
+    of = {key: list(rows[key]) for key in ("set", "source", "id", "answer", "pixels")}
     found: list[dict[str, str]] = []
 
     def note(i: int, finding: str, detail: str) -> None:
@@ -266,101 +362,132 @@ def _on_pairs(rows: pd.DataFrame) -> list[dict[str, str]]:
 
     same: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for i in range(len(rows)):
-        if of["set"][i] != AGAINST:
-            same[of["set"][i], of["pixels"][i], texts[i]].append(i)
-    groups = [group for group in same.values() if len(group) > 1]
+        same[of["set"][i], of["pixels"][i], texts[i]].append(i)
+    first_of = {i: group[0] for group in same.values() for i in group}
+    groups = [group for (where, _, _), group in same.items() if len(group) > 1 and where != AGAINST]
     pairs = [(of["answer"][group[0]], of["answer"][i]) for group in groups for i in group[1:]]
-    agree = iter(POOL.map(_agree, pairs))
-    repeats = set()
+    agreeing = iter(POOL.map(_agree, pairs))
     for group in groups:
         first = group[0]
-        others = [i for i in group[1:] if not next(agree)]
+        others = [i for i in group[1:] if not next(agreeing)]
         for i in group[1:]:
-            repeats.add(i)
             note(i, EXACT, f"of {name(first)}")
-        for i in [first, *others] if others else []:
-            other = others[0] if i == first else first
+        for i in group if others else []:
+            other = first if i in others else others[0]
             note(i, CONFLICT, f"{of['answer'][i]!r}; {of['answer'][other]!r} in {name(other)}")
     near: set[int] = set()
-    leaked: dict[int, str] = {}
-    shared: dict[int, str] = {}
-    for i, j in _near_pictures(rows):
-        sets = of["set"][i], of["set"][j]
-        if sets[0] == sets[1]:
-            i, j = min(i, j), max(i, j)
-            if sets[0] == AGAINST or {i, j} & repeats or j in near or not _near_texts(texts[i], texts[j]):
-                continue
-            if _agree((of["answer"][i], of["answer"][j])):
-                near.add(j)
-                note(j, NEAR, f"of {name(i)}")
-        elif TRAIN in sets:
-            ours, theirs = (i, j) if sets[0] == TRAIN else (j, i)
-            (leaked if _contained(texts[ours], texts[theirs]) else shared).setdefault(ours, name(theirs))
-    for i, where in leaked.items():
-        note(i, LEAKED, f"to {where}")
-    for i, where in shared.items():
-        if i not in leaked:
-            note(i, SHARED, f"with {where}")
-    return found
+    leaked: dict[int, int] = {}
+    shared: dict[int, int] = {}
+    for (where, pixels, text), group in same.items():
+        if where != TRAIN and (TRAIN, pixels, text) in same:
+            leaked.setdefault(same[TRAIN, pixels, text][0], group[0])
+    # Repeats have what is found on the first of them.
+    once = sorted(set(first_of.values()))
+    alike, not_compared = _near_pictures(rows.iloc[once])
+    for left, right in alike:
+        pairs = combinations(left, 2) if left is right else product(left, right)
+        total = len(left) * (len(left) - 1) // 2 if left is right else len(left) * len(right)
+        not_compared[0] += max(0, total - TEXT_PAIRS)
+        for i, j in islice(pairs, TEXT_PAIRS):
+            i, j = sorted((once[i], once[j]))
+            sets = of["set"][i], of["set"][j]
+            if sets[0] == sets[1] != AGAINST:
+                if j in near:
+                    continue
+                if _near_texts(texts[i], texts[j]) and _agree((of["answer"][i], of["answer"][j])):
+                    near.add(j)
+                    note(j, NEAR, f"of {name(i)}")
+                else:
+                    shared.setdefault(j, i)
+            elif TRAIN in sets and sets[0] != sets[1]:
+                ours, theirs = (i, j) if sets[0] == TRAIN else (j, i)
+                if ours in leaked:
+                    continue
+                is_so = _contained(texts[ours], texts[theirs])
+                if not is_so and _near_texts(texts[ours], texts[theirs]):  # of other sets the answers are not known
+                    is_so = AGAINST in sets or _agree((of["answer"][ours], of["answer"][theirs]))
+                (leaked if is_so else shared).setdefault(ours, theirs)
+    for i, first in first_of.items():
+        if first in leaked:
+            note(i, LEAKED, f"to {name(leaked[first])}")
+        elif i in shared and i not in near:
+            note(i, SHARED, f"with {name(shared[i])}")
+    return found, not_compared[0]
 
 
 def _agree(answers: tuple[str, str]) -> bool:
-    a, b = answers
-    return a == b or grade(a, b) or grade(b, a)
+    return agree(*answers)
 
 
-def _near_pictures(rows: pd.DataFrame) -> Iterator[tuple[int, int]]:
-    """Pairs of rows with the same or near pictures."""
+def _near_pictures(rows: pd.DataFrame) -> tuple[Iterator[tuple[list[int], list[int]]], list[int]]:
+    """Lists of rows (places in `rows`) with the same or near pictures, two at a time; and a count that grows on the
+    way, of pairs of pictures with near hashes that were too many to look at."""
     places: dict[tuple[str, int], list[int]] = defaultdict(list)
     for i, key in enumerate(zip(rows["pixels"], map(len, rows["small"]), strict=True)):
         places[key].append(i)
-    for group in places.values():
-        yield from _window(group)
-    firsts = [group[0] for group in places.values()]
-    members = list(places.values())
-    hashes = np.array([int(rows["phash"].iat[i], 16) for i in firsts], np.uint64)
-    small = [np.frombuffer(rows["small"].iat[i], np.uint8).astype(np.int16) for i in firsts]
-    seen = set()
-    for part in range(4):
-        keys = (hashes >> np.uint64(16 * part)) & np.uint64(0xFFFF)
-        order = np.lexsort((hashes, keys))
-        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            for u, v in _window(group.tolist()):
-                pair = (u, v) if u < v else (v, u)
-                if pair in seen or int(hashes[u] ^ hashes[v]).bit_count() > BITS or small[u].shape != small[v].shape:
-                    continue
-                seen.add(pair)
-                if np.abs(small[u] - small[v]).max() <= DIFFERENCE:
-                    yield from ((i, j) for i in members[u][:WINDOW] for j in members[v][:WINDOW])
+    members, left_out = list(places.values()), [0]
+    hashes = np.array([int(rows["phash"].iat[group[0]], 16) for group in members], np.uint64)
+    small = [np.frombuffer(rows["small"].iat[group[0]], np.uint8) for group in members]
+    parts = [(hashes >> np.uint64(16 * k)) & np.uint64(0xFFFF) for k in range(4)]
+
+    def pairs() -> Iterator[tuple[list[int], list[int]]]:
+        yield from ((group, group) for group in members if len(group) > 1)
+        for k, keys in enumerate(parts):
+            order = np.lexsort((hashes, keys))
+            tried = np.zeros(len(order), np.int64)
+            at = np.arange(len(order) - 1)
+            distance = 1
+            while at.size:  # neighbours in order, then those two apart, ... as long as this part of the hash is theirs
+                at = at[at + distance < len(order)]
+                at = at[keys[order[at]] == keys[order[at + distance]]]
+                u, v = order[at], order[at + distance]
+                close = np.bitwise_count(hashes[u] ^ hashes[v]) <= BITS
+                for earlier in parts[:k]:
+                    close &= earlier[u] != earlier[v]
+                left_out[0] += int((close & (tried[u] >= NEIGHBOURS)).sum())
+                close &= tried[u] < NEIGHBOURS
+                tried[u] += close
+                for a, b in zip(u[close].tolist(), v[close].tolist(), strict=True):
+                    if small[a].shape != small[b].shape:
+                        continue
+                    if np.abs(small[a].astype(np.int16) - small[b]).max() <= DIFFERENCE:
+                        yield members[a], members[b]
+                distance += 1
+
+    return pairs(), left_out
 
 
-def _window(group: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """All pairs of a group, of a very large one those that are not far apart."""
-    return ((a, b) for k, a in enumerate(group) for b in group[k + 1 : k + 1 + WINDOW])
+@lru_cache(maxsize=10_000)
+def _grams(text: str) -> frozenset[str]:
+    return frozenset(text[k : k + GRAM] for k in range(max(1, len(text) - GRAM + 1)))
 
 
-def _grams(text: str) -> set[str]:
-    return {text[k : k + GRAM] for k in range(max(1, len(text) - GRAM + 1))}
+@lru_cache(maxsize=10_000)
+def _numbers(text: str) -> list[str]:
+    return sorted(re.findall(r"\d+(?:\.\d+)?", text))
 
 
 def _near_texts(a: str, b: str) -> bool:
-    if sorted(re.findall(r"\d+(?:\.\d+)?", a)) != sorted(re.findall(r"\d+(?:\.\d+)?", b)):
+    if _numbers(a) != _numbers(b):
         return False
     a, b = _grams(a), _grams(b)
     return len(a & b) >= COMMON * len(a | b)
 
 
 def _contained(a: str, b: str) -> bool:
-    """Whether one text is near the other or within it, which may have options and instructions around it."""
+    """Whether one text is within the other, which may have options and instructions around it."""
     a, b = a.strip(" .?:"), b.strip(" .?:")
-    return a in b or b in a or _near_texts(a, b)
+    return a in b or b in a
 
 
 # The report
 
 
 def verdicts(
-    findings: pd.DataFrame, totals: Mapping[str, int], max_dropped_share: float, allowed: Mapping[str, float]
+    findings: pd.DataFrame,
+    totals: Mapping[tuple[str, str], int],
+    max_dropped_share: float,
+    allowed: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """
     Per set and finding: how many rows, their share, what is allowed, and whether that holds. What the training drops
@@ -374,7 +501,7 @@ def verdicts(
         raise RecipeError(f"`--allow`: {', '.join(sorted(wrong))}: none of {', '.join(sorted(limits))}.")
     limits |= allowed
     made = []
-    for name, total in totals.items():
+    for name, total in _per_set(totals).items():
         counts = findings[findings["set"] == name].groupby("finding", sort=False)["id"].size()
         dropped = counts[~counts.index.isin(ALLOWED)]
         if len(dropped):
@@ -386,15 +513,23 @@ def verdicts(
     return made
 
 
+def _per_set(totals: Mapping[tuple[str, str], int]) -> Counter:
+    summed: Counter = Counter()
+    for (name, _), total in totals.items():
+        summed[name] += total
+    return summed
+
+
 def report(
     values: Mapping[str, Any],
     recipe: str,
     against: Sequence[str] = (),
     allow: Sequence[str] = (),
     output_dir: str | None = None,
+    processor: str | None = None,
     **options: Any,
 ) -> int:
-    """Audit a recipe and write the report; returns the exit code. `options` are those of [`audit`]."""
+    """Audit a recipe and write the report; returns the exit code. `options` are others of [`audit`]."""
     allowed = {}
     for entry in allow:
         finding, _, share = entry.rpartition("=")
@@ -403,46 +538,68 @@ def report(
         except ValueError:
             raise RecipeError(f"`--allow`: {entry!r}, write FINDING=SHARE, for example '{NEAR}=0.02'.") from None
     verdicts(pd.DataFrame(columns=["set", "finding", "id"]), {}, 0.0, allowed)  # are they findings?
-    rows, findings, totals = audit(values, against, **options)
+    # Before the cold start there is no model of its own: the one that it begins from has the same processor.
+    processor = processor or start_model(recipe, values.get("model_name_or_path"))
+    rows, findings, totals, not_compared = audit(values, against, processor, **options)
     folder = Path(output_dir or Path("runs/audit", Path(recipe).stem))
     folder.mkdir(parents=True, exist_ok=True)
     made = verdicts(findings, totals, values.get("max_dropped_share", 0.05), allowed)
     findings.to_parquet(folder / "findings.parquet")
-    bad = [verdict for verdict in made if not verdict["holds"]]
-    (folder / "audit.json").write_text(json.dumps({"rows": totals, "findings": made}, indent=2) + "\n")
+    content = {"rows": _per_set(totals), "findings": made, "pairs_not_compared": not_compared}
+    (folder / "audit.json").write_text(json.dumps(content, indent=2) + "\n")
     _draw(rows, values, folder / "sizes.png")
-    text = _text(recipe, rows, findings, totals, made, values)
+    text = _text(recipe, rows, findings, totals, made, values, not_compared)
     (folder / "audit.md").write_text(text, encoding="utf-8")
     (folder / "audit.html").write_text(html(text, f"Audit of {recipe}", folder), encoding="utf-8")
     for verdict in made:
         limit = "" if verdict["allowed"] is None else f", allowed {verdict['allowed']:.1%}"
         mark = "" if verdict["holds"] else "  <-- too many"
         print(f"{verdict['set']}: {verdict['rows']} {verdict['finding']} ({verdict['share']:.1%}{limit}){mark}")
+    if not_compared:
+        print(_about(not_compared))
     print(f"{sum(totals.values())} rows; written to {folder}/: audit.html, findings.parquet")
-    return 1 if bad else 0
+    return 0 if all(verdict["holds"] for verdict in made) else 1
 
 
-def _text(recipe, rows, findings, totals, made, values) -> str:
-    parts = [f"# Audit of {recipe}", "## Findings"]
+def _about(not_compared: int) -> str:
+    return f"{not_compared:,} pairs of rows or pictures were not compared: too many rows have pictures that are alike."
+
+
+def _plain(text: str, most: int = 300) -> str:
+    """Text of a row as one line of Markdown that shows it as it is."""
+    text = " ".join(text.split())
+    text = text if len(text) <= most else f"{text[:most]} ..."
+    text = re.sub(r"([\\`*_{}\[\]#])", r"\\\1", text)
+    return re.sub(r"[<>&|]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def _text(recipe, rows, findings, totals, made, values, not_compared) -> str:
+    parts = [f"# Audit of {_plain(recipe)}", "## Findings"]
     shown = [
         (
-            *(v["set"], v["finding"], v["rows"], f"{v['share']:.2%}"),
+            *(v["set"], _plain(v["finding"]), v["rows"], f"{v['share']:.2%}"),
             *("-" if v["allowed"] is None else f"{v['allowed']:.2%}", "" if v["holds"] else "**too many**"),
         )
         for v in made
     ]
     parts.append(table(("Set", "Finding", "Rows", "Share", "Allowed", ""), shown) if shown else "Nothing was found.")
+    parts += [_about(not_compared)] if not_compared else []
     for (name, finding), group in findings.groupby(["set", "finding"], sort=False):
-        examples = [f"- {row.id} of {row.source}: {row.detail}"[:300] for row in group.head(5).itertuples()]
-        parts += [f"### {name}: {finding}, {len(group)} rows", "\n".join(examples)]
-    counted = [(name, source, len(group)) for (name, source), group in rows.groupby(["set", "source"], sort=False)]
-    parts += ["## Rows that can be used", table(("Set", "Source", "Rows"), counted)]
+        examples = (
+            f"{row.id} of {row.source}{f': {row.detail}' * bool(row.detail)}" for row in group.head(5).itertuples()
+        )
+        more = [f"- and {len(group) - 5} more in `findings.parquet`"] if len(group) > 5 else []
+        parts += [f"### {name}: {_plain(finding)}, {len(group)} rows"]
+        parts.append("\n".join([*(f"- {_plain(example)}" for example in examples), *more]))
+    used = rows[rows["used"]].groupby(["set", "source"], sort=False).size()
+    counted = [(name, _plain(source), n, used.get((name, source), 0)) for (name, source), n in totals.items()]
+    parts += ["## Rows", table(("Set", "Source", "Rows", "Usable"), counted)]
+    ours = rows[rows["set"] != AGAINST]
     kinds = [
-        (name, kind, len(group), f"`{group['answer'].iat[0][:60]}`")
-        for (name, kind), group in rows[rows["set"] != AGAINST].groupby(["set", "kind"], sort=False)
+        (name, kind, len(group), _plain(group["answer"].iat[0], 60))
+        for (name, kind), group in ours.groupby(["set", "kind"], sort=False)
     ]
     parts += ["## Answers", table(("Set", "Kind", "Rows", "For example"), kinds)]
-    ours = rows[rows["set"] != AGAINST]
     quantiles = (0, 0.5, 0.9, 0.99, 1)
     sizes = {
         "tokens": ours["tokens"].to_numpy(),

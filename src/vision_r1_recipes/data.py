@@ -185,7 +185,7 @@ def load_rows(
     first = 0
     for i, (part, source) in enumerate(zip(parts, sources, strict=True)):
         if source.get("pass_rates"):
-            for row, rate in _outside_band(part, source, f"{name}[{i}]").items():
+            for row, rate in outside_band(part, source, f"{name}[{i}]").items():
                 if not reasons[first + row]:
                     reasons[first + row], details[first + row] = OUTSIDE, f"{part[row]['id']}: {rate:g}"
         first += len(part)
@@ -290,7 +290,7 @@ def digest_of(question: str, solution: str) -> str:
     return hashlib.blake2b(json.dumps([question, solution]).encode(), digest_size=8).hexdigest()
 
 
-def _outside_band(rows: Dataset, source: Mapping[str, Any], where: str) -> dict[int, float]:
+def outside_band(rows: Dataset, source: Mapping[str, Any], where: str) -> dict[int, float]:
     """The pass rates of those converted rows of a source that are outside of its band."""
     low, high = source["pass_rate_band"]
     try:
