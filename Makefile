@@ -3,18 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+LMMS := .venv-lmms
 SWEEP := $(BIN)/python -W ignore -m vision_r1_recipes.sweep
 # The demo needs no account and no network.
 export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo tables bridge-demo test test-fast test-slurm test-full test-vllm quality format clean
+.PHONY: help install demo tables bridge-demo test test-fast test-slurm test-full test-vllm lmms test-lmms quality format clean
 help:
 	@echo "make demo       the whole of Vision-R1 in a toy world, on a CPU, in a quarter of an hour"
 	@echo "make tables     the paper's main and PTST tables in the toy world, three seeds, 90 minutes"
 	@echo "make bridge-demo  cold-start data by modality bridging in the toy world, a few minutes"
-	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; test-vllm, test-slurm)"
+	@echo "make test       the tests (make test-fast: the quick ones; make test-full: all; test-vllm, test-lmms, test-slurm)"
 	@echo "make quality    lint and format check (make format: mend)"
 
 install: $(VENV)/installed
@@ -45,7 +46,7 @@ test-fast: install
 # On a SLURM of Debian's packages slurm-wlm and munge, which the tests start and end.
 test-slurm: install
 	$(BIN)/python -m pytest -m "slurm and not full"
-test-full: install test-vllm
+test-full: install test-vllm test-lmms
 	$(BIN)/python -m pytest
 # The CPU build of vLLM wants another torch than the rest: an environment of its own. Its own torch wheel fits no
 # torchvision, so torch is taken again, from the index and from no local folder of wheels.
@@ -59,6 +60,16 @@ $(VLLM)/installed: setup.cfg
 	env -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null $(VLLM)/bin/python -m pip install --quiet torch==2.13.0 \
 		--editable ".[test]"
 	@touch $@
+# lmms-eval pins wandb and, through latex2sympy2, an antlr4 that math-verify can't use: an environment of its own, and
+# math-verify, the grader's version, on its own afterwards. What needs latex2sympy2 is no task of ours.
+lmms: $(LMMS)/installed
+$(LMMS)/installed: constraints.txt
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet torch torchvision lmms-eval==0.7.3 Levenshtein
+	$(LMMS)/bin/python -m pip install --quiet math-verify==0.9.0
+	@touch $@
+test-lmms: install lmms
+	LMMS_REQUIRED=1 $(BIN)/python -m pytest tests/test_benchmarks.py
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +77,4 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 clean:
-	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM) $(LMMS) build dist src/*.egg-info

@@ -59,7 +59,7 @@ def home(tmp_path_factory):
 def test_the_scripts_are_clean():
     scripts = [*ROOT.glob("slurm/*.*"), *ROOT.glob("tests/slurm/*.sh"), ROOT / ".ci/run"]
     scripts = [str(path) for path in scripts if path.suffix != ".md"]
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     if shutil.which("shellcheck") is None:
         (pytest.fail if "SLURM_REQUIRED" in os.environ else pytest.skip)("shellcheck is not installed")
     done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)

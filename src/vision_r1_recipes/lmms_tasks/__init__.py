@@ -1,0 +1,1 @@
+"""Tasks in lmms-eval's format, for its `--include_path`."""
