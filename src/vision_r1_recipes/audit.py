@@ -589,7 +589,7 @@ def _text(recipe, rows, findings, totals, made, values, not_compared) -> str:
             f"{row.id} of {row.source}{f': {row.detail}' * bool(row.detail)}" for row in group.head(5).itertuples()
         )
         more = [f"- and {len(group) - 5} more in `findings.parquet`"] if len(group) > 5 else []
-        parts += [f"### {name}: {_plain(finding)}, {len(group)} rows"]
+        parts += [f"### {name}: {_plain(finding)}, {len(group)} row{'s' * (len(group) > 1)}"]
         parts.append("\n".join([*(f"- {_plain(example)}" for example in examples), *more]))
     used = rows[rows["used"]].groupby(["set", "source"], sort=False).size()
     counted = [(name, _plain(source), n, used.get((name, source), 0)) for (name, source), n in totals.items()]
