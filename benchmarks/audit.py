@@ -79,7 +79,7 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         counts = json.loads((folder / "audit/audit.json").read_text())["rows"]
     print(
-        f"| {sum(counts.values()):,} rows, {megabytes:,.0f} MB of JPEGs {'as files' if args.files else 'embedded'} "
+        f"| {sum(counts.values()):,} rows, {megabytes:,.0f} MB, pictures {'as files' if args.files else 'embedded'} "
         f"| {seconds:.0f} | {used.ru_utime + used.ru_stime:.0f} | {used.ru_maxrss / 1024:.0f} |"
     )
 

@@ -186,7 +186,6 @@ def per_set(totals) -> dict[str, int]:
     return dict(audit._per_set(totals))
 
 
-@pytest.mark.slow
 def test_every_fault_of_an_rl_set_is_found_and_no_clean_row(world):
     rows, findings, totals, not_compared = audit.audit(recipe.load(world / "grpo.yaml"))
     assert flagged(findings) == {**FAULTS, "leaked": ["row 6"]}
@@ -206,7 +205,6 @@ def test_every_fault_of_an_rl_set_is_found_and_no_clean_row(world):
     assert rows["used"].sum() == said.kept + 9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, leaked, told",
     [
@@ -338,7 +336,6 @@ def cold(k: int, **changed) -> dict:
 ODD = {"from": "gpt", "value": "<think> So. </think><answer> Final Answer:\\frac{1}{ </answer>"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("schema", ["llava_cot", "mulberry"])
 def test_the_cold_start_s_layouts(world, tmp_path, schema):
     (tmp_path / "pictures").mkdir()
@@ -437,7 +434,6 @@ def test_near_texts():
     assert not contained("how high are the red bars", "how many red bars are there in the upper row")
 
 
-@pytest.mark.slow
 def test_a_download_is_checked(world, tmp_path):
     module = runpy.run_path(str(ROOT / "data/prepare.py"))
     prepare, expected = module["check"], module["COLD"]
