@@ -105,6 +105,20 @@ requeue() {
     fail "SLURM doesn't requeue this job (scontrol says why above): sbatch it again, it goes on where it was"
 }
 
+# The rest of a script: one command that keeps on the disk what it has finished. It can be ended at any time, and goes on
+# when the job comes back.
+go_on_with() {
+    on_stop() { end_children; }
+    notice
+    [ -z "$asked" ] || requeue
+    start --nodes=1 --ntasks=1 -- "$@"
+    code=0
+    wait_for "${children[0]}" || code=$?
+    [ "$code" -ne 0 ] || exit 0
+    if [ -n "$asked" ] || preempted; then requeue; fi
+    exit "$code"
+}
+
 # Three starts without progress are enough. `$1` is what there is now.
 check_progress() {
     local starts=runs/slurm/$SLURM_JOB_ID/starts

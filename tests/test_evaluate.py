@@ -21,6 +21,7 @@ from vision_r1_recipes import backends, toy
 from vision_r1_recipes import evaluate as ev
 from vision_r1_recipes.bridge.endpoint import EndpointConfig, served
 from vision_r1_recipes.data import load_processor, load_rows
+from vision_r1_recipes.progress import progress
 from vision_r1_recipes.recipe import RecipeError
 
 
@@ -362,9 +363,9 @@ def test_another_evaluation_in_its_folder_is_left_alone(world, evaluated, tmp_pa
     with contextlib.ExitStack() as stack:
         settings = json.loads((folder / "summary.json").read_text())["settings"]
         (folder / "summary.json").unlink()
-        stack.enter_context(ev._progress(folder, settings))
+        stack.enter_context(progress(folder / ev.PROGRESS, settings))
         with pytest.raises(RecipeError, match="another process is evaluating into"):
-            stack.enter_context(ev._progress(folder, settings))
+            stack.enter_context(progress(folder / ev.PROGRESS, settings))
 
 
 def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):

@@ -170,8 +170,8 @@ def _converted(
     details = [text.removeprefix(key).removeprefix(": ") for key, text in zip(ids, part["detail"], strict=True)]
     readable = [i for i, reason in enumerate(reasons) if not reason]
     for i in readable:
-        if limit is not None and tokens[i] > limit:
-            reasons[i], details[i] = "too many tokens", f"{tokens[i]} tokens, the limit is {limit}"
+        if drop := data.too_long(tokens[i], limit):
+            reasons[i], details[i] = drop.reason, drop.detail
     if source.get("pass_rates"):
         fitting = [i for i in readable if not reasons[i]]
         for k, rate in data.outside_band(part.select(fitting), source, where).items():
@@ -366,7 +366,7 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
     first_of = {i: group[0] for group in same.values() for i in group}
     groups = [group for (where, _, _), group in same.items() if len(group) > 1 and where != AGAINST]
     pairs = [(of["answer"][group[0]], of["answer"][i]) for group in groups for i in group[1:]]
-    agreeing = iter(POOL.map(_agree, pairs))
+    agreeing = iter(POOL.map(lambda pair: agree(*pair), pairs))
     for group in groups:
         first = group[0]
         others = [i for i in group[1:] if not next(agreeing)]
@@ -394,7 +394,7 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
             if sets[0] == sets[1] != AGAINST:
                 if j in near:
                     continue
-                if _near_texts(texts[i], texts[j]) and _agree((of["answer"][i], of["answer"][j])):
+                if _near_texts(texts[i], texts[j]) and agree(of["answer"][i], of["answer"][j]):
                     near.add(j)
                     note(j, NEAR, f"of {name(i)}")
                 else:
@@ -405,7 +405,7 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
                     continue
                 is_so = _contained(texts[ours], texts[theirs])
                 if not is_so and _near_texts(texts[ours], texts[theirs]):  # of other sets the answers are not known
-                    is_so = AGAINST in sets or _agree((of["answer"][ours], of["answer"][theirs]))
+                    is_so = AGAINST in sets or agree(of["answer"][ours], of["answer"][theirs])
                 (leaked if is_so else shared).setdefault(ours, theirs)
     for i, first in first_of.items():
         if first in leaked:
@@ -413,10 +413,6 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
         elif i in shared and i not in near:
             note(i, SHARED, f"with {name(shared[i])}")
     return found, not_compared[0]
-
-
-def _agree(answers: tuple[str, str]) -> bool:
-    return agree(*answers)
 
 
 def _near_pictures(rows: pd.DataFrame) -> tuple[Iterator[tuple[list[int], list[int]]], list[int]]:

@@ -275,9 +275,9 @@ class OpenAI(Backend):
 
     @staticmethod
     def config(model, args, **more):
-        from .bridge.endpoint import EndpointConfig
+        from .bridge.endpoint import NOT_INHERITED, EndpointConfig
 
-        given = {"extra_body": {"repetition_penalty": 1.0, "top_k": -1}, **args}
+        given = {"extra_body": NOT_INHERITED, **args}
         own = ("model", "concurrency", "temperature", "top_p", "max_tokens", "serve")
         check_keys(dict(args), [f.name for f in fields(EndpointConfig) if f.name not in own], "backend_args.")
         if "base_url" not in args:
@@ -301,10 +301,7 @@ class OpenAI(Backend):
         from .bridge.endpoint import Endpoint
         from .bridge.steps import Generation, Rejected
 
-        def whole(content: str, reasoning: str | None, **counts) -> Generation:
-            return Generation(f"<think>{reasoning}</think>{content}" if reasoning else content, **counts)
-
-        endpoint = Endpoint(self.endpoint, parse=whole)
+        endpoint = Endpoint(self.endpoint, parse=Generation.whole)
         prefix, waiting, refused = generation_prefix(self.processor), iter(requests), []
 
         async def work() -> None:

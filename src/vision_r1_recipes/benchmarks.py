@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -47,9 +46,10 @@ from typing import Any
 import yaml
 
 from . import preflight, recipe
-from .bridge.endpoint import Endpoint, EndpointConfig, served
+from .bridge.endpoint import NOT_INHERITED, Endpoint, EndpointConfig, served
 from .bridge.run import sigterm_interrupts
 from .bridge.steps import Generation, Rejected
+from .progress import progress
 from .recipe import RecipeError
 from .rewards import TAGS, last_answer
 
@@ -119,7 +119,7 @@ class Relay:
     """
 
     def __init__(self, folder, model, judge, settings, seed=0, system_prompt=None):
-        self.path, self.settings = folder / "responses.jsonl", json.loads(json.dumps(settings))
+        self.path, self.settings = folder / "responses.jsonl", settings
         self.configs = {"model": model} | ({"judge": judge} if judge else {})
         self.seed, self.system_prompt = seed, system_prompt
         self.kept: dict[str, dict[str, Any]] = {}
@@ -134,9 +134,11 @@ class Relay:
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> Relay:
-        self._open()
+        self.stack = contextlib.ExitStack()
+        lines, self.add = self.stack.enter_context(progress(self.path, self.settings, "working on"))
+        self.kept = {line["key"]: line for line in lines}
         self.loop = asyncio.new_event_loop()
-        self.endpoints = {name: Endpoint(config, parse=_whole) for name, config in self.configs.items()}
+        self.endpoints = {name: Endpoint(config, parse=Generation.whole) for name, config in self.configs.items()}
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.relay = self
         for serve in (self.loop.run_forever, self.server.serve_forever):
@@ -147,34 +149,10 @@ class Relay:
         self.server.shutdown()
         self.server.server_close()
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.file.close()
+        self.stack.close()
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}/{name}/v1"
-
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(f"another process is working on {self.path.parent}: wait for it, or end it.") from error
-        self.file.seek(0)
-        whole = self.file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left the beginning of a line
-        self.file.truncate(len(whole))
-        first, *lines = whole.splitlines() or [b""]
-        if not first:
-            self._write(self.settings)
-        elif differ := [key for key, now in self.settings.items() if json.loads(first).get(key) != now]:
-            before = json.loads(first)
-            said = "; ".join(f"`{key}` was {before.get(key)}, is {self.settings[key]}"[:200] for key in differ)
-            raise RecipeError(f"{self.path.parent} holds other results: {said}. Name another `--output_dir`.")
-        self.kept = {line["key"]: line for line in map(json.loads, lines)}
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
 
     def answer(self, name: str, body: dict[str, Any]) -> asyncio.Future:
         """From any thread: a future of the text that the caller gets for a request."""
@@ -217,12 +195,8 @@ class Relay:
             made["truncated"] = written.finish_reason == "length"
             with self.lock:
                 self.kept[key] = made
-                self._write({"key": key, **made})
+                self.add({"key": key, **made})
         return self.kept[key]
-
-
-def _whole(content: str, reasoning: str | None, **counts) -> Generation:
-    return Generation(f"<think>{reasoning}</think>{content}" if reasoning else content, **counts)
 
 
 def _key(name: str, *what: Any) -> str:
@@ -521,11 +495,9 @@ def benchmarks(
         raise RecipeError("needed: `--base_url` of a running server, or `--serve` with the command that starts one.")
     found = find_lmms_eval(lmms_python)
     if system_prompt is None:
-        recipes = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
-        system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
+        system_prompt = recipe.saved_system_prompt(model)
     asked = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-    # A top-k or a repetition penalty that is not sent is the model's own.
-    sampling = {**asked, "extra_body": {"repetition_penalty": 1.0, "top_k": -1}}
+    sampling = {**asked, "extra_body": NOT_INHERITED}
     config = EndpointConfig(
         model,
         base_url or "http://localhost:{port}/v1",

@@ -515,14 +515,21 @@ def _convert_row(row, index, convert, folder, kind, processor, bounds, system_pr
         prompt = [{"role": role, "content": _parts(text)} for role, text in turns]
         completion = [{"role": "assistant", "content": [{"type": "text", "text": target}]}]
         tokens = _count_tokens(prompt + (completion if kind == "sft" else []), images, kind, processor, bounds)
-        if max_length is not None and tokens > max_length:
-            raise Drop("too many tokens", f"{tokens} tokens, the limit is {max_length}")
+        if drop := too_long(tokens, max_length):
+            raise drop
     except Drop as drop:
         detail = f"{name}: {drop.detail}" if drop.detail else name
         return {"prompt": [], "images": [], "id": name, "tokens": 0, "dropped": drop.reason, "detail": detail, **empty}
     stored = [{"bytes": image["bytes"], "path": image["path"]} for image in images]
     made = {"prompt": prompt, "images": stored, "id": name, "tokens": tokens, "dropped": "", "detail": ""}
     return {**made, "solution": target} if kind == "rl" else {**made, "completion": completion}
+
+
+def too_long(tokens: int, limit: int | None) -> Drop | None:
+    """Why a row of so many tokens can't be used, if that is so."""
+    if limit is None or tokens <= limit:
+        return None
+    return Drop("too many tokens", f"{tokens} tokens, the limit is {limit}")
 
 
 def _parts(text: str) -> list[dict[str, str | None]]:

@@ -22,11 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from .data import check_source, digest_of
-from .evaluate import SAMPLES, evaluate
+from .evaluate import SAMPLES, evaluate, per_question
 from .recipe import RecipeError
 
 
@@ -85,7 +84,7 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
     if len({beside(source) for source in sources}) < len(sources):
         raise RecipeError(f"two sources would write {beside(sources[0])}: measure them by recipes of their own.")
     written, loaded = [], {}
-    for check in (True, False):
+    for check in (True, False) if len(sources) > 1 else (False,):
         for source in sources:
             file = beside(source)
             folder = home / file.name.removesuffix(".pass_rates.parquet")
@@ -101,24 +100,12 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
 
 def pass_rates(samples: pd.DataFrame) -> pd.DataFrame:
     """One row per question of the samples of an evaluation."""
-    n = samples["sample"].max() + 1
-    rows = samples.iloc[::n]
-    digests = [digest_of(*pair) for pair in zip(rows["problem"], rows["solution"], strict=True)]
-
-    def mean(column: pd.Series) -> np.ndarray:
-        return column.to_numpy(float).reshape(-1, n).mean(axis=1)
-
-    return pd.DataFrame(
-        {
-            "id": list(rows["id"]),
-            "digest": digests,
-            "pass_rate": mean(samples["correct"] & samples["format"]),
-            "accuracy": mean(samples["correct"]),
-            "samples": n,
-            "mean_tokens": mean(samples["tokens"]),
-            "truncated": mean(samples["truncated"]),
-        }
+    named = samples.assign(pass_rate=samples["correct"] & samples["format"]).rename(
+        columns={"correct": "accuracy", "tokens": "mean_tokens"}
     )
+    rates = per_question(named, ("pass_rate", "accuracy", "mean_tokens", "truncated"))
+    digests = [digest_of(*pair) for pair in zip(rates.pop("problem"), rates.pop("solution"), strict=True)]
+    return rates.assign(digest=digests, samples=samples["sample"].max() + 1)
 
 
 def describe(rates: pd.Series) -> str:

@@ -31,14 +31,12 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import fcntl  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
-from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
+from collections.abc import Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from itertools import pairwise, product  # noqa: E402
-from typing import IO, Any  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
@@ -51,6 +49,7 @@ from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
 from vision_r1_recipes.data import BUILDERS, fingerprint, image_bounds, load_processor, load_rows, question_of  # noqa: E402
 from vision_r1_recipes.grading import agree  # noqa: E402
+from vision_r1_recipes.progress import check_same, progress  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
@@ -79,12 +78,12 @@ def judge(completion: str, solution: str, truncated: bool) -> dict[str, Any]:
     }
 
 
-def per_question(samples: Mapping[str, Sequence]) -> pd.DataFrame:
-    """One row per question, in their order: `id`, `problem` and `solution` if there, and its mean `correct`."""
-    frame = pd.DataFrame({key: list(samples[key]) for key in (*KEYS, "correct") if key in samples})
+def per_question(samples: Mapping[str, Sequence], columns: Sequence[str] = ("correct",)) -> pd.DataFrame:
+    """One row per question, in their order: `id`, `problem` and `solution` if there, and its means of `columns`."""
     n = max(samples["sample"], default=0) + 1 if "sample" in samples else 1
-    means = frame["correct"].to_numpy(float).reshape(-1, n).mean(axis=1)
-    return frame.iloc[::n].reset_index(drop=True).assign(correct=means)
+    frame = pd.DataFrame({key: list(samples[key])[::n] for key in KEYS if key in samples})
+    means = {key: np.asarray(samples[key], float).reshape(-1, n).mean(axis=1) for key in columns}
+    return frame.assign(**means)
 
 
 def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
@@ -221,7 +220,6 @@ class _Task:
     rows: Dataset
     settings: dict[str, Any]  # what the samples depend on
     folder: Path
-    system_prompt: str | None
     dropped: dict[str, int]
     summary: dict[str, Any] | None  # of the same settings, when finished before
 
@@ -248,8 +246,7 @@ def _prepare(
         known += "; with a server, `--processor` names one" if backend == "openai" else ""
         raise RecipeError(f"can't read the model {processor or model}; it must be {known}. {error}") from error
     if system_prompt is None:
-        recipes = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
-        system_prompt = next((recipe.load(path).get("system_prompt") for path in recipes if path.is_file()), None)
+        system_prompt = recipe.saved_system_prompt(model)
     system_prompt = system_prompt or None
     source = {"split": split, "limit": limit, **(data if isinstance(data, Mapping) else {"path": data})}
     source["path"] = str(Path(source["path"]))  # with or without a slash at its end
@@ -271,8 +268,8 @@ def _prepare(
     summary = None
     if (folder / SUMMARY).is_file():
         summary = json.loads((folder / SUMMARY).read_text())
-        _same(summary.get("settings", {}), settings, folder)
-    return _Task(loaded, rows, settings, folder, system_prompt, report.dropped, summary)
+        check_same(summary.get("settings", {}), settings, folder)
+    return _Task(loaded, rows, settings, folder, report.dropped, summary)
 
 
 def weights_of(model: str) -> list[list[Any]]:
@@ -283,43 +280,6 @@ def weights_of(model: str) -> list[list[Any]]:
         base = json.loads(adapter.read_text()).get("base_model_name_or_path")
         files += sorted(Path(base).glob("*.safetensors")) if base else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def _same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    now = json.loads(json.dumps(now))
-    differ = [key for key in now if before.get(key) != now[key]]
-    if differ:
-        said = "; ".join(f"`{key}` was {before.get(key)}, is {now[key]}"[:200] for key in differ)
-        raise RecipeError(f"{folder} holds another evaluation: {said}. Delete it, or name another `--output_dir`.")
-
-
-@contextlib.contextmanager
-def _progress(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[dict[Request, dict], Any, IO[bytes]]]:
-    """
-    What `progress.jsonl` holds of these settings, the state of the backend after it, and the file to write on. Its
-    lines: the settings, then one per finished batch.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    made: dict[Request, dict] = {}
-    state = None
-    with (folder / PROGRESS).open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(f"another process is evaluating into {folder}: wait for it, or end it.") from error
-        file.seek(0)
-        whole = file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left the beginning of a line
-        file.truncate(len(whole))
-        first, *lines = whole.splitlines() or [b""]
-        if first:
-            _same(json.loads(first), settings, folder)
-        else:
-            file.write(json.dumps(settings).encode() + b"\n")
-        for line in map(json.loads, lines):
-            state = line["state"]
-            made.update((tuple(request), completion) for request, completion in line["made"])
-        yield made, state, file
 
 
 def _collect(backend: Backend, rows: Dataset, n: int, retries: int, made: dict[Request, dict], keep: Keep) -> None:
@@ -474,15 +434,15 @@ def evaluate(
                 model, task.processor, max_length=longest, dtype=dtype, batch_size=batch_size, args=args, **asked
             )
         set_seed(seed)
-        with _progress(task.folder, task.settings) as (made, state, file):
-            if state is not None:
+        with progress(task.folder / PROGRESS, task.settings) as (lines, add):
+            made = {tuple(request): completion for line in lines for request, completion in line["made"]}
+            if lines:
                 print(f"{len(made)} completions were finished before")
-                loaded[key].restore(state)
+                loaded[key].restore(lines[-1]["state"])
 
             def keep(batch):
                 made.update(batch)
-                file.write(json.dumps({"made": batch, "state": loaded[key].state()}).encode() + b"\n")
-                file.flush()
+                add({"made": batch, "state": loaded[key].state()})
 
             _collect(loaded[key], task.rows, n, retries, made, keep)
         samples, more = _tables(task.rows, made, n, retries)
@@ -492,7 +452,12 @@ def evaluate(
             "model": model,
             "data": {**task.settings["data"], "dropped": task.dropped},
             **summarize(samples, buckets),
-            "sampling": {**used, "system_prompt": task.system_prompt, "backend": backend, "batch_size": batch_size},
+            "sampling": {
+                **used,
+                "system_prompt": task.settings["system_prompt"],
+                "backend": backend,
+                "batch_size": batch_size,
+            },
             "dtype": loaded[key].dtype,
             "environment": recipe.environment(),
             "settings": task.settings,
@@ -575,7 +540,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(pairs) > 1 and options.keys() & {"output_dir", "name"}:
         raise RecipeError("`--output_dir` and `--name` are for one model and one set of questions.")
     folders: dict[Path, str] = {}
-    for model, data in pairs:
+    for model, data in pairs if len(pairs) > 1 else ():  # one is checked before it is asked anyway
         folder = evaluate(model, data, **options, check=True)
         if folder in folders:
             raise RecipeError(f"{data} and {folders[folder]} would both be written to {folder}: evaluate them apart.")

@@ -310,6 +310,12 @@ def refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
             raise RecipeError(f"this recipe is another's (it has {named}): {command}.")
 
 
+def saved_system_prompt(model: str) -> str | None:
+    """The system prompt in the recipe beside a checkpoint, or in the run's folder around it."""
+    saved = [folder / "recipe.yaml" for folder in (Path(model), Path(model).parent)]
+    return next((load(path).get("system_prompt") for path in saved if path.is_file()), None)
+
+
 def refuse(message: str) -> None:
     """Stands for argparse's `error`, which would print its usage and exit."""
     raise RecipeError(message)

@@ -296,17 +296,10 @@ def train_command(sweep: dict[str, Any], unit: Unit) -> list[str]:
 
 
 def evaluate_command(unit: Unit) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "vision_r1_recipes.evaluate",
-        str(unit.folder),
-        "--data",
-        str(unit.evaluate["data"]),
-    ]
+    command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(unit.folder)]
     options = {**unit.evaluate, "name": unit.label, "output_dir": str(unit.evaluation)}
     for key, value in options.items():
-        if key != "data" and value is not None:
+        if value is not None:
             command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return command
 

@@ -32,6 +32,8 @@ from .steps import REFUSED, UNANSWERED, Generation, Messages, Rejected
 
 
 BACK_OFF, MAX_BACK_OFF, MAX_RETRY_AFTER = 0.5, 60.0, 300.0  # seconds
+# Fields without which vLLM and SGLang would take the model's own, from its generation_config: both off.
+NOT_INHERITED = {"repetition_penalty": 1.0, "top_k": -1}
 FINISHED = ("stop", "length", "content_filter")
 POLL = 0.5  # seconds between two looks at a server that starts
 

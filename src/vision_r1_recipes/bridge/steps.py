@@ -54,6 +54,11 @@ class Generation:
             reasoning = reasoning.partition("<think>")[2] or reasoning
         return cls(content.strip(), (reasoning or "").strip(), **kwargs)
 
+    @classmethod
+    def whole(cls, content: str, reasoning: str | None = None, **kwargs) -> Generation:
+        """The text as the model wrote it, with its reasoning in `<think>` where a server took that out."""
+        return cls(f"<think>{reasoning}</think>{content}" if reasoning else content, **kwargs)
+
 
 class Rejected(Exception):
     """A row that goes no further, with the name of the rule and what to look at."""
