@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 LMMS := .venv-lmms
+# A test that hangs ends the run, with the stack of every thread.
+PYTEST := $(BIN)/python -m pytest -o faulthandler_timeout=1500 -o faulthandler_exit_on_timeout=true
 SWEEP := $(BIN)/python -W ignore -m vision_r1_recipes.sweep
 # The demo needs no account and no network.
 export WANDB_MODE ?= offline
@@ -34,18 +36,18 @@ tables: install
 
 # Needs the toy's base model: four minutes, once.
 bridge-demo: install
-	test -d runs/toy/data || $(BIN)/python -m vision_r1_recipes.toy runs/toy/data
+	test -f runs/toy/data/model/processor_config.json || $(BIN)/python -m vision_r1_recipes.toy runs/toy/data
 	. $(BIN)/activate && OMP_NUM_THREADS=1 accelerate launch --quiet --config_file recipes/accelerate/ddp.yaml \
 		--num_processes 2 src/vision_r1_recipes/sft.py recipes/toy/pretrain.yaml --resume_from_checkpoint auto
 	. $(BIN)/activate && python -W ignore -m vision_r1_recipes.bridge run recipes/toy/bridge.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not full and not slurm"
+	$(PYTEST) -m "not full and not slurm"
 test-fast: install
-	$(BIN)/python -m pytest -m "not full and not slurm and not slow"
+	$(PYTEST) -m "not full and not slurm and not slow"
 # On a SLURM of Debian's packages slurm-wlm and munge, which the tests start and end.
 test-slurm: install
-	$(BIN)/python -m pytest -m "slurm and not full"
+	$(PYTEST) -m "slurm and not full"
 test-full: install test-vllm test-lmms
 	$(BIN)/python -m pytest
 # The CPU build of vLLM wants another torch than the rest: an environment of its own. Its own torch wheel fits no

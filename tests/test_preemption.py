@@ -156,6 +156,7 @@ def test_a_finished_run_that_was_extended_and_killed_is_not_finished(recipes, tm
     before_step(3, interrupt)
     with pytest.raises(KeyboardInterrupt):
         MAIN["grpo"](longer)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a swallowed one hangs multiprocessing's pools
     capsys.readouterr()
     recipe.main(["state", *longer])
     assert capsys.readouterr().out.splitlines()[-1] == "checkpoint-2"

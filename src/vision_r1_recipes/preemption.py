@@ -36,13 +36,19 @@ class PreemptionCallback(TrainerCallback):
         self.updates_per_rollout = getattr(trainer, "updates_per_rollout", 1)
         self.terminated_at: float | None = None
         self.stopped = False
+        self._previous = None
         self._update_seconds = self._save_seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._previous = signal.signal(signal.SIGTERM, self._terminate)
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous)
+        self.restore()
+
+    def restore(self) -> None:
+        """Give SIGTERM back: to be called after an error too, which `on_train_end` never hears of."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _terminate(self, *_):
         self.terminated_at = time()

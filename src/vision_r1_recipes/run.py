@@ -92,7 +92,10 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
         recipe.save(values, args.output_dir, **world)
         report.save(Path(args.output_dir, "data_report.json"))
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        preemption.restore()
     if trainer.state.global_step < trainer.state.max_steps:
         newest, _ = checkpoints.wanted("auto", args.output_dir)
         if trainer.accelerator.is_main_process:
