@@ -272,6 +272,7 @@ def test_the_paper_s_table(servers, data, lmms_python, tmp_path, monkeypatch, ca
     assert retried["scores"]["mm_math"]["accuracy"] == pytest.approx(2 / 3)
     assert retried["scores"]["mm_math"]["retried"] == pytest.approx(1 / 3)
     assert first["scores"]["mm_math"]["truncated"] == first["scores"]["mm_math"]["without an answer"] > 0.3
+    assert first["scores"]["mm_math"]["left_out"] == 1 and "left_out" not in first["scores"]["dynamath"]
     assert retried["scores"]["mathverse"] == first["scores"]["mathverse"]
 
     table = (tmp_path / "out/benchmarks.md").read_text()
@@ -528,7 +529,9 @@ def test_what_is_judged():
 def test_rows_and_pictures(data, tmp_path, monkeypatch):
     lines = pd.read_json(data / "mm_math/MM_Math/MM_Math.jsonl", lines=True)
     rows = Dataset.from_pandas(lines[["question", "solution", "file_name"]])
+    monkeypatch.setenv("MM_MATH_LEFT_OUT", str(tmp_path / "left_out"))
     assert mm_math.gradable(rows)["file_name"] == ["0.png", "1.png", "2.png"]
+    assert (tmp_path / "left_out").read_text() == "1"
     archive = data / "mm_math/MM_Math/MM_Math.zip"
     zipfile.ZipFile(archive).extractall(tmp_path / "unpacked")
     for source in (archive, tmp_path / "unpacked"):

@@ -100,6 +100,7 @@ BENCHMARKS = {
         workers=1,  # its math-verify sets an alarm, which only the main thread may
     ),
 }
+LEFT_OUT = "mm_math_left_out"  # a file of the count
 AVERAGED = ("mathvista", "mathverse", "mm_math")  # in the paper's Avg
 
 
@@ -287,7 +288,7 @@ def write_task(name: str, folder: Path, tasks: str, data_dir: Path | None) -> di
     ours = TASKS / BENCHMARKS[name].file
     task: dict[str, Any] = {"include": str(ours if ours.is_file() else Path(tasks, BENCHMARKS[name].file))}
     task["task"] = f"vision_r1_{name}"
-    variables = {}
+    variables = {"MM_MATH_LEFT_OUT": str(folder / LEFT_OUT)} if ours.is_file() else {}
     if data_dir is not None:
         home = data_dir / name
         if not home.is_dir():
@@ -421,6 +422,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
                 f"{counts['mean_tokens']:.0f} tokens on average",
                 *(f"{100 * counts[key]:.1f} % {key}" for key in ("truncated", "without an answer", "retried")),
                 *([f"{counts['refused']} refused"] if counts["refused"] else []),
+                *([f"{counts['left_out']} left out, whose gold can't be graded"] if counts.get("left_out") else []),
             ]
             retries = f"{row['retries']} retries" if row["retries"] else "no retries"
             said.append(f"- {BENCHMARKS[name].title}, {retries}: {', '.join(shares)}.")
@@ -548,6 +550,8 @@ def benchmarks(
                     samples = run_lmms_eval(task, relay, lmms_python, folder, options, variables[task])
                     verdicts = [BENCHMARKS[task].verdict(sample) for sample in samples]
                     scores[task] = {**score(verdicts), **_shares(relay.counts)}
+                    if "MM_MATH_LEFT_OUT" in variables[task]:
+                        scores[task]["left_out"] = int((folder / "tasks" / LEFT_OUT).read_text())
                     print(f"{said}: {100 * scores[task]['accuracy']:.1f} % of {len(samples)} questions", flush=True)
                 rows.append({"retries": tries, "scores": scores})
     summary = {

@@ -44,8 +44,14 @@ def gold(row: Mapping[str, Any]) -> str:
 
 
 def gradable(rows):
-    """The rows of a `Dataset` whose gold the grader can read; the others can't be answered rightly."""
-    return rows.filter(lambda row: bool(gold(row)) and check_gold(gold(row)) is None)
+    """
+    The rows of a `Dataset` whose gold the grader can read; the others can't be answered rightly. How many these are is
+    written to the file in the environment variable `MM_MATH_LEFT_OUT`, if it is set.
+    """
+    kept = rows.filter(lambda row: bool(gold(row)) and check_gold(gold(row)) is None)
+    if file := os.environ.get("MM_MATH_LEFT_OUT"):
+        Path(file).write_text(str(len(rows) - len(kept)))
+    return kept
 
 
 @functools.cache
