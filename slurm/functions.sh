@@ -116,7 +116,7 @@ go_on_with() {
     wait_for "${children[0]}" || code=$?
     [ "$code" -ne 0 ] || exit 0
     if [ -n "$asked" ] || preempted; then requeue; fi
-    exit "$code"
+    fail "the command has ended with code $code, see above"
 }
 
 # Three starts without progress are enough. `$1` is what there is now.
@@ -128,13 +128,30 @@ check_progress() {
         "saved. Give the job more time, the signal more lead (SBATCH_SIGNAL), or save more often (save_every_rollouts)."
 }
 
+# What option `$1` is given among the other arguments, in either spelling; nothing when it isn't there.
+option() {
+    local name=$1 before='' argument
+    shift
+    for argument in "$@"; do
+        if [ "$before" = "$name" ]; then echo "$argument"; fi
+        if [[ $argument == "$name="* ]]; then echo "${argument#*=}"; fi
+        before=$argument
+    done
+}
+
 # Nobody else may work on folder `$1`, a job that waits to come back included.
 claim() {
-    local other
+    local other said
     mkdir -p "$1"
     other=$(cat "$1/job" 2> /dev/null) || other=
-    if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && squeue --noheader --jobs="$other" 2> /dev/null | grep -q .; then
-        code=2 fail "job $other has $1: wait for it, or scancel it"
+    if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ]; then
+        if ! said=$(squeue --noheader --jobs="$other" 2>&1) && [[ $said != *"Invalid job id"* ]]; then
+            code=2 fail "job $other had $1, and squeue can't say whether it still has: $said"
+        fi
+        if [[ -n $said && $said != *"Invalid job id"* ]]; then code=2 fail "job $other has $1: wait for it, or scancel it"; fi
     fi
     echo "$SLURM_JOB_ID" > "$1/job"
+    sleep 2 # of jobs that come at the same time, the last one has it
+    other=$(cat "$1/job")
+    [ "$other" = "$SLURM_JOB_ID" ] || code=2 fail "job $other has $1: wait for it, or scancel it"
 }

@@ -15,7 +15,7 @@ for argument in "$@"; do
     case $argument in
         --toy) toy=yes ;;
         --dry-run) dry=yes ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' slurm/vision_r1.sh; exit ;;
         --nodes=*) nodes=${argument#*=} ;;
         --gpus-per-node=*) export SBATCH_GPUS_PER_NODE=${argument#*=} ;;
         -N* | -G* | --gpus=* | --gres=*)
@@ -32,7 +32,8 @@ gpus=${gpus##*:} # a type may come first
 if [ -n "$toy" ]; then
     recipes=(recipes/toy/pretrain.yaml recipes/toy/cold_start.yaml recipes/toy/ptst.yaml)
     evaluate=(--data runs/toy/data/rl --split test --max_new_tokens 384 --batch_size 120 --buckets 96 192)
-    [ -d runs/toy/data ] || python -W ignore -m vision_r1_recipes.toy runs/toy/data
+    [ -f runs/toy/data/model/processor_config.json ] || # the last file that it writes
+        python -W ignore -m vision_r1_recipes.toy runs/toy/data
 else
     recipes=(recipes/cold_start.yaml recipes/ptst.yaml)
     evaluate=(--data Osilly/Vision-R1-rl --split test)

@@ -218,14 +218,21 @@ def test_a_typo_ends_the_job_before_anything_is_started(slurm, home):
 
 
 def test_a_run_that_is_told_to_stay_away_does_not_come_back_and_nobody_else_takes_its_folder(slurm, home):
-    folder = home / "runs/stopped"
-    job = Job(home, "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    folder, said = home / "runs/stopped", "error: the run was stopped before its end: sbatch it again to go on\n"
+    train = ("slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    jobs = [Job(home, "--exclusive=user", f"--nodelist={node}", *train) for node in ("n1", "n2")]
+    jobs[0].wait(lambda: "FAILED" in [job.about("JobState") for job in jobs])
+    jobs.sort(key=lambda job: job.about("JobState") == "FAILED")
+    job, other = jobs
+    assert f"error: job {job.number} has {folder}" in other.log
     job.wait(lambda: steps_saved(folder) >= 2)
-    other = Job(home, "--exclusive=user", "--nodelist=n2", "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
-    assert other.end() == "FAILED" and f"error: job {job.number} has {folder}" in other.log
     (folder / "stop").touch()
     assert job.end() == "FAILED"  # what waits for its model must not start
-    assert job.log.endswith("error: the run was stopped before its end: sbatch it again to go on\n")
+    assert job.log.endswith(said)
+    (folder / "stop").touch()
+    job = Job(home, *train)
+    assert job.end() == "FAILED" and job.log.endswith(said)
+    assert not (folder / "stop").exists() and "going on from" not in job.log
     assert not (folder / "model.safetensors").exists()
 
 
@@ -307,6 +314,20 @@ def test_a_checkpoint_is_evaluated(slurm, home):
     job = Job(home, "slurm/evaluate.slurm", "world/cold_start", "--data", "world/rl", *options)
     assert job.end() == "COMPLETED", job.log
     assert json.loads((home / "runs/evaluated/summary.json").read_text())["questions"] == 8
+
+
+@pytest.mark.parametrize("place", ["world/model/eval", "runs/elsewhere"])
+def test_wherever_an_evaluation_writes_it_makes_progress(slurm, home, place):
+    """Three starts have ended with no completion; since then there is one."""
+    where = ["world/cold_start", "world/model"] if "eval" in place else ["world/model", f"--output_dir={place}"]
+    job = Job(home, "--hold", "slurm/evaluate.slurm", *where, *("--data", "world/rl", "--max_new_tokens", "16"))
+    starts, done = home / f"runs/slurm/{job.number}/starts", home / place / "x/progress.jsonl"
+    starts.parent.mkdir(parents=True)
+    starts.write_text(" bytes of completions\n" * 3)
+    done.parent.mkdir(parents=True)
+    done.write_text("{}\n")
+    subprocess.run(["scontrol", "release", job.number], check=True)
+    assert job.end() == "COMPLETED", job.log
 
 
 @pytest.mark.full

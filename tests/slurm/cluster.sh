@@ -22,6 +22,7 @@ case $command in
         for daemon in slurmctld slurmd munged sbatch; do
             command -v "$daemon" > /dev/null || { echo "$daemon is missing: apt-get install slurm-wlm munge" >&2; exit 1; }
         done
+        ! pidof slurmctld slurmd > /dev/null || { echo "a slurmctld or slurmd runs here already" >&2; exit 1; }
         mkdir -p "$dir/state" /run/munge
         chown munge: /run/munge
         chmod 755 /run/munge
@@ -65,6 +66,8 @@ CONF
         for n in $nodes; do slurmd -f "$SLURM_CONF" -N "$n"; done
         for _ in $(seq 60); do
             if [ "$(sinfo -h -N -o %T 2> /dev/null | grep -c idle)" -eq "$(wc -w <<< "$nodes")" ]; then
+                # Whoever asked for it may be killed.
+                (tail --pid="$PPID" -f /dev/null; stop) > /dev/null 2>&1 < /dev/null &
                 echo "export SLURM_CONF=$SLURM_CONF"
                 exit 0
             fi
