@@ -42,9 +42,9 @@ bridge-demo: install
 	. $(BIN)/activate && python -W ignore -m vision_r1_recipes.bridge run recipes/toy/bridge.yaml
 
 test: install
-	$(PYTEST) -m "not full and not slurm"
+	$(PYTEST) -n 2 --dist worksteal -m "not full and not slurm"
 test-fast: install
-	$(PYTEST) -m "not full and not slurm and not slow"
+	$(PYTEST) -n 2 --dist worksteal -m "not full and not slurm and not slow"
 # On a SLURM of Debian's packages slurm-wlm and munge, which the tests start and end.
 test-slurm: install
 	$(PYTEST) -m "slurm and not full"

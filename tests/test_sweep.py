@@ -258,7 +258,7 @@ def run(home, *arguments, **kwargs):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home, **kwargs)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_that_is_killed_goes_on(home):
     """Killed in its second training; the run that it leaves holds its lock; then everything is done once."""
     rows = "--rows=[{label: PTST, recipe: ptst.yaml}, {label: CI, recipe: cold.yaml}]"

@@ -721,7 +721,16 @@ BACKENDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED ZeRO-2", "zero3": "DEEPSPEED
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, kind, lora",
-    [*((backend, kind, False) for backend in BACKENDS for kind in ("grpo", "sft")), ("ddp", "grpo", True)],
+    [
+        *[("ddp", "sft", False), ("zero3", "grpo", False), ("zero3", "sft", False)],
+        *(
+            pytest.param(*values, marks=pytest.mark.full)
+            for values in (
+                *[("ddp", "grpo", False), ("ddp", "grpo", True)],
+                *[("zero2", "grpo", False), ("zero2", "sft", False)],
+            )
+        ),
+    ],
 )
 def test_two_processes(recipes, tmp_path, backend, kind, lora):
     """
