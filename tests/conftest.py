@@ -86,7 +86,6 @@ def slurm(tmp_path_factory):
         VENV=sys.prefix,  # of slurm/site.conf
     )
     yield
-    subprocess.run("scancel --user=root; sleep 3", shell=True, check=False)
     subprocess.run(["bash", script, "stop", folder], check=True)
     os.environ.clear()
     os.environ.update(before)

@@ -196,6 +196,18 @@ def test_preempted_by_the_time_limit(whole, home):
     same_as(home, folder)
 
 
+def test_preempted_by_a_job_of_a_higher_priority(whole, home):
+    """With a grace time the steps get SIGTERM at once and the script hears nothing before its end."""
+    folder = home / "runs/priority"
+    job = Job(home, "--nodelist=n1", "slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
+    job.wait(lambda: steps_saved(folder) >= 2)
+    urgent = Job(home, "--partition=urgent", "--nodelist=n1", "--exclusive", "--wrap=sleep 1")
+    assert urgent.end() == "COMPLETED"
+    assert job.end() == "COMPLETED", job.log
+    assert job.about("Restarts") == "1" and "requeued: the run goes on when the job starts again" in job.log
+    same_as(home, folder)
+
+
 def test_three_starts_without_progress_are_enough(slurm, home):
     job = Job(home, "--hold", "slurm/train.slurm", "grpo.yaml", "--output_dir", "runs/stuck")
     starts = home / f"runs/slurm/{job.number}/starts"

@@ -58,7 +58,7 @@ from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .data import Drop
 from .grading import POOL, agree, check_gold
 from .plan import start_model
-from .recipe import RecipeError, check_keys, refuse_other_kind
+from .recipe import RecipeError, check_keys, refuse_other_kind, script
 from .report import html, table
 from .rewards import parse_format
 
@@ -148,7 +148,7 @@ def audit(
 
 
 def _kind(values: Mapping[str, Any]) -> str:
-    kind = "rl" if values.keys() & {"stages", "prompts_per_rollout", "reward", "max_prompt_length"} else "sft"
+    kind = "rl" if script(values) == "grpo.py" else "sft"
     configs = (DataArguments, ModelConfig, VisionGRPOConfig if kind == "rl" else VisionSFTConfig)
     valid = {spec.name for config in configs for spec in fields(config)}
     refuse_other_kind(dict(values), valid)

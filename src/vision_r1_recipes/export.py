@@ -130,7 +130,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return "GRPO" if self.values.keys() & {"stages", "prompts_per_rollout", "reward"} else "SFT"
+        return recipe.script(self.values).removesuffix(".py").upper()
 
     def name(self, path: str) -> tuple[str, bool]:
         """

@@ -14,7 +14,7 @@ from . import memory
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .preflight import longest_sequence, model_config, recipe_problems, run_problems
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
-from .recipe import RecipeError, load, merge, parse_all, parse_overrides
+from .recipe import RecipeError, load, merge, parse_all, parse_overrides, script
 
 
 BYTES_PER_PIXEL = 24  # Qwen2.5-VL's `pixel_values`: 3 colours x 2 frames x 4 bytes
@@ -62,7 +62,7 @@ def plan(
         world_size = gpus - serving
         if world_size < 1:
             return f"{argv[0]}: can't be run", [f"--gpus: {gpus}, and the vLLM server alone takes {serving}."]
-    config_class = VisionGRPOConfig if recipe.keys() & {"stages", "prompts_per_rollout"} else VisionSFTConfig
+    config_class = VisionGRPOConfig if script(recipe) == "grpo.py" else VisionSFTConfig
     origin = start_model(argv[0], recipe.get("model_name_or_path"))
     argv = [*argv, "--model_name_or_path", origin] if origin else argv
     values, instances, problems = _check(argv, config_class, world_size)

@@ -21,7 +21,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -308,6 +308,11 @@ def refuse_other_kind(recipe: dict[str, Any], valid: Iterable[str]) -> None:
         if found and not set(found) & set(valid):
             named = ", ".join(f"`{key}`" for key in found)
             raise RecipeError(f"this recipe is another's (it has {named}): {command}.")
+
+
+def script(values: Mapping[str, Any]) -> str:
+    """The entry point of a recipe: `grpo.py` or `sft.py`."""
+    return "grpo.py" if values.keys() & {*SCRIPTS["grpo.py"], "reward", "max_prompt_length"} else "sft.py"
 
 
 def saved_system_prompt(model: str) -> str | None:

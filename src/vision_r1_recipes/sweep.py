@@ -45,7 +45,7 @@ from typing import Any
 from . import checkpoints, preflight, recipe
 from .evaluate import argument_parser, evaluate
 from .plan import plan
-from .recipe import SCRIPTS, RecipeError
+from .recipe import RecipeError
 from .results import read_json
 
 
@@ -289,9 +289,8 @@ def _outdated(unit: Unit) -> list[str]:
 
 
 def train_command(sweep: dict[str, Any], unit: Unit) -> list[str]:
-    script = next(name for name, keys in SCRIPTS.items() if unit.values.keys() & set(keys))
     launch = shlex.split(sweep["launch"].format(num_processes=sweep["num_processes"]))
-    entry = [str(Path(__file__).with_name(script)), str(unit.recipe)]
+    entry = [str(Path(__file__).with_name(recipe.script(unit.values))), str(unit.recipe)]
     return [*launch, *entry, *unit.overrides, "--resume_from_checkpoint", "auto"]
 
 

@@ -10,6 +10,7 @@ nodes=$(seq -f 'n%g' -s ' ' "${3:-1}")
 memory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
 
 stop() {
+    if [ -f "$dir/slurmctld.pid" ] && SLURM_CONF=$dir/slurm.conf timeout 10 scancel --user=root; then sleep 3; fi
     for file in "$dir"/slurmd*.pid "$dir"/slurmctld.pid "$dir"/munged.pid; do
         pid=$(cat "$file" 2> /dev/null) && kill "$pid" 2> /dev/null && tail --pid="$pid" -f /dev/null
         rm -f "$file"
@@ -44,6 +45,8 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -53,7 +56,8 @@ SlurmdLogFile=$dir/slurmd-%n.log
 $(for n in $nodes; do
             echo "NodeName=$n NodeHostname=$host Port=$((17000 + ${n#n})) CPUs=$cpus RealMemory=$memory State=UNKNOWN"
         done)
-PartitionName=test Nodes=$(tr ' ' , <<< "$nodes") Default=YES MaxTime=INFINITE State=UP
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
         for n in $nodes; do grep -q "\s$n\$" /etc/hosts || echo "127.0.0.1 $n" >> /etc/hosts; done
         # munged is another user, who may not look into $dir
@@ -65,7 +69,7 @@ CONF
         slurmctld -f "$SLURM_CONF"
         for n in $nodes; do slurmd -f "$SLURM_CONF" -N "$n"; done
         for _ in $(seq 60); do
-            if [ "$(sinfo -h -N -o %T 2> /dev/null | grep -c idle)" -eq "$(wc -w <<< "$nodes")" ]; then
+            if [ "$(sinfo -h -N -p test -o %T 2> /dev/null | grep -c idle)" -eq "$(wc -w <<< "$nodes")" ]; then
                 # Whoever asked for it may be killed.
                 (tail --pid="$PPID" -f /dev/null; stop) > /dev/null 2>&1 < /dev/null &
                 echo "export SLURM_CONF=$SLURM_CONF"
