@@ -728,6 +728,7 @@ def test_a_server_that_is_gone_ends_the_run():
     assert asking.retries > 0
 
 
+@pytest.mark.slow
 def test_when_all_requests_are_refused_no_row_is_lost(tmp_path, toy):
     with serving(refuse=1.0) as server, pytest.raises(RecipeError, match=r"refused 20 requests in a row: .*context"):
         executed(tmp_path / "run", toy / "rl", url(server))
@@ -736,6 +737,7 @@ def test_when_all_requests_are_refused_no_row_is_lost(tmp_path, toy):
     assert "request refused" not in column(outputs(run)[1], "rule")
 
 
+@pytest.mark.slow
 def test_when_a_server_begins_to_refuse_in_the_middle_no_row_is_lost(tmp_path, toy):
     with serving() as server:
         answer = server.options

@@ -190,6 +190,7 @@ def test_another_run_is_not_resumed(recipes, toy, tmp_path, rewarding):
         grpo.main([*resumed[:-1], "3", "--datasets", other])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_moved_aside(recipes, tmp_path, capsys):
     run = [str(recipes / "sft.yaml"), "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     sft.main(run)
@@ -233,6 +234,7 @@ def test_killed_while_the_model_is_saved(recipes, tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_best_checkpoints(recipes, toy, tmp_path):
     run = [str(recipes / "sft.yaml"), *SAVES["sft"], "--max_steps", "3", "--output_dir", str(tmp_path)]
     cold = json.dumps([{"path": str(toy / "cold"), "data_files": "vision_r1_llava_cot_full.json", "limit": 4}])
