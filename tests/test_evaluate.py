@@ -484,8 +484,9 @@ def test_a_server_of_the_model_answers_like_transformers(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_refuses_and_fails(world, tmp_path, capsys):
-    """Faults pass, a refused question is wrong and told; the model is a name, so the processor is named."""
+def test_a_server_that_refuses_and_fails(world, tmp_path, capsys, monkeypatch):
+    """Faults pass, a refused question is wrong and told; the model is a name: a processor is named, and counts."""
+    monkeypatch.setattr("vision_r1_recipes.bridge.endpoint._count", lambda tokens: 0)
     data = str(world / "rl")
     server = f"{sys.executable} -m vision_r1_recipes.toy_server --port {{port}} --refuse 0.3 --faults 0.2 --slow 0.1"
     with serving(server, "toy-mllm", tmp_path / "log") as base_url:
@@ -504,3 +505,5 @@ def test_a_server_that_refuses_and_fails(world, tmp_path, capsys):
     assert (samples["attempts"][refused] == 1).all() and (samples["attempts"][~refused] == 2).all()
     assert f"the server refused {summary['refused']} requests" in capsys.readouterr().out
     assert samples["completion"][~refused].str.contains("row").all()
+    tokenizer = load_processor(str(world / "model")).tokenizer
+    assert list(samples["tokens"]) == [len(tokenizer.encode(text)) for text in samples["completion"]]

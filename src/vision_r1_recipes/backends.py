@@ -316,7 +316,9 @@ class OpenAI(Backend):
                     continue
                 text = written.text if written.text.startswith("<think>") else prefix + written.text
                 truncated = written.finish_reason != "stop"
-                made = {"completion": text, "tokens": written.completion_tokens, "truncated": truncated}
+                # Not every server counts.
+                tokens = written.completion_tokens or len(self.processor.tokenizer.encode(written.text))
+                made = {"completion": text, "tokens": tokens, "truncated": truncated}
                 keep([*refused, (request, made)])  # others are answered: those refused before were so by themselves
                 refused.clear()
 
