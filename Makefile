@@ -63,11 +63,11 @@ $(VLLM)/installed: setup.cfg
 		--editable ".[test]"
 	@touch $@
 # lmms-eval pins wandb and, through latex2sympy2, an antlr4 that math-verify can't use: an environment of its own, and
-# math-verify, the grader's version, on its own afterwards. What needs latex2sympy2 is no task of ours.
+# math-verify, the grader's version, on its own afterwards; it reaches into filelock as it was before 4. What needs latex2sympy2 is no task of ours.
 lmms: $(LMMS)/installed
 $(LMMS)/installed: constraints.txt
 	$(PYTHON) -m venv $(LMMS)
-	$(LMMS)/bin/python -m pip install --quiet torch torchvision lmms-eval==0.7.3 Levenshtein
+	$(LMMS)/bin/python -m pip install --quiet torch torchvision lmms-eval==0.7.3 Levenshtein "filelock<4"
 	$(LMMS)/bin/python -m pip install --quiet math-verify==0.9.0
 	@touch $@
 test-lmms: install lmms

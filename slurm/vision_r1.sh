@@ -9,7 +9,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.conf
-site_environment
 toy='' dry='' nodes=1 options=()
 for argument in "$@"; do
     case $argument in
@@ -17,7 +16,7 @@ for argument in "$@"; do
         --dry-run) dry=yes ;;
         -h | --help) sed -n '2,8s/^# \{0,1\}//p' slurm/vision_r1.sh; exit ;;
         --nodes=*) nodes=${argument#*=} ;;
-        --gpus-per-node=*) export SBATCH_GPUS_PER_NODE=${argument#*=} ;;
+        --gpus-per-node=*) SBATCH_GPUS_PER_NODE=${argument#*=} options+=("$argument") ;;
         -N* | -G* | --gpus=* | --gres=*)
             echo "error: $argument: write --nodes=N and --gpus-per-node=N, from which the jobs are planned" >&2
             exit 2
@@ -27,6 +26,7 @@ for argument in "$@"; do
     esac
 done
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || { echo "error: --nodes=$nodes: needs one number" >&2; exit 2; }
+site_environment || { echo "error: site_environment in slurm/site.conf failed: is the environment installed?" >&2; exit 2; }
 gpus=${SBATCH_GPUS_PER_NODE:-$PROCESSES_PER_NODE}
 gpus=${gpus##*:} # a type may come first
 if [ -n "$toy" ]; then

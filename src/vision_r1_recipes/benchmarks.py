@@ -57,7 +57,7 @@ from .rewards import TAGS, last_answer
 LMMS_EVAL = "0.7.3"
 TASKS = Path(__file__).parent / "lmms_tasks"
 INSTALL = (
-    f"`make lmms`, or in a new venv `pip install lmms-eval=={LMMS_EVAL} Levenshtein` and then, on its own, "
+    f"`make lmms`, or in a new venv `pip install lmms-eval=={LMMS_EVAL} Levenshtein 'filelock<4'` and then, on its own, "
     "`pip install math-verify==0.9.0`"
 )
 HEARTBEAT = 20.0  # seconds; lmms-eval's client gives up a connection that is silent for 600
@@ -602,6 +602,7 @@ def _shares(counts: Mapping[str, int]) -> dict[str, Any]:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vision_r1_recipes.benchmarks",
+        allow_abbrev=False,  # slurm/benchmarks.slurm looks for its options
         description=benchmarks.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are those of `benchmarks`

@@ -507,6 +507,7 @@ def percent(share: float | None) -> str:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vision_r1_recipes.evaluate",
+        allow_abbrev=False,  # slurm/evaluate.slurm looks for its options
         description=evaluate.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the defaults are those of `evaluate`
