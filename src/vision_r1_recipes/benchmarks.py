@@ -57,8 +57,8 @@ from .rewards import TAGS, last_answer
 LMMS_EVAL = "0.7.3"
 TASKS = Path(__file__).parent / "lmms_tasks"
 INSTALL = (
-    f"`make lmms`, or in a new venv `pip install lmms-eval=={LMMS_EVAL} Levenshtein 'filelock<4'` and then, on its own, "
-    "`pip install math-verify==0.9.0`"
+    f"`make lmms`, or in a new venv `pip install lmms-eval=={LMMS_EVAL} Levenshtein 'filelock<4'` and then, on its "
+    "own, `pip install math-verify==0.9.0`"
 )
 HEARTBEAT = 20.0  # seconds; lmms-eval's client gives up a connection that is silent for 600
 
