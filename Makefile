@@ -63,7 +63,8 @@ $(VLLM)/installed: setup.cfg
 		--editable ".[test]"
 	@touch $@
 # lmms-eval pins wandb and, through latex2sympy2, an antlr4 that math-verify can't use: an environment of its own, and
-# math-verify, the grader's version, on its own afterwards; it reaches into filelock as it was before 4. What needs latex2sympy2 is no task of ours.
+# math-verify, the grader's version, on its own afterwards. It reaches into filelock as it was before 4. What needs
+# latex2sympy2 is no task of ours.
 lmms: $(LMMS)/installed
 $(LMMS)/installed: constraints.txt
 	$(PYTHON) -m venv $(LMMS)

@@ -145,10 +145,12 @@ claim() {
     mkdir -p "$1"
     other=$(cat "$1/job" 2> /dev/null) || other=
     if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ]; then
-        if ! said=$(squeue --noheader --jobs="$other" 2>&1) && [[ $said != *"Invalid job id"* ]]; then
-            code=2 fail "job $other had $1, and squeue can't say whether it still has: $said"
+        if ! said=$(squeue --noheader --jobs="$other" 2>&1); then
+            [[ $said == *"Invalid job id"* ]] ||
+                code=2 fail "job $other had $1, and squeue can't say whether it still has: $said"
+            said=
         fi
-        if [[ -n $said && $said != *"Invalid job id"* ]]; then code=2 fail "job $other has $1: wait for it, or scancel it"; fi
+        [ -z "$said" ] || code=2 fail "job $other has $1: wait for it, or scancel it"
     fi
     echo "$SLURM_JOB_ID" > "$1/job"
     sleep 2 # of jobs that come at the same time, the last one has it

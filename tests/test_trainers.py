@@ -724,14 +724,13 @@ BACKENDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED ZeRO-2", "zero3": "DEEPSPEED
 @pytest.mark.parametrize(
     "backend, kind, lora",
     [
-        *[("ddp", "sft", False), ("zero3", "grpo", False), ("zero3", "sft", False)],
-        *(
-            pytest.param(*values, marks=pytest.mark.full)
-            for values in (
-                *[("ddp", "grpo", False), ("ddp", "grpo", True)],
-                *[("zero2", "grpo", False), ("zero2", "sft", False)],
-            )
-        ),
+        ("ddp", "sft", False),
+        ("zero3", "grpo", False),
+        ("zero3", "sft", False),
+        pytest.param("ddp", "grpo", False, marks=pytest.mark.full),
+        pytest.param("ddp", "grpo", True, marks=pytest.mark.full),
+        pytest.param("zero2", "grpo", False, marks=pytest.mark.full),
+        pytest.param("zero2", "sft", False, marks=pytest.mark.full),
     ],
 )
 def test_two_processes(recipes, tmp_path, backend, kind, lora):
