@@ -73,9 +73,9 @@ ask_to_stop() {
     local end left
     asked=yes
     end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || end=
-    [[ $end =~ ^[0-9]+$ ]] || end=${SLURM_JOB_END_TIME:-} # there may be no limit
-    if [ -n "$end" ]; then
-        left=$((end - $(date +%s)))
+    [[ $end =~ ^[0-9]+$ ]] || end=${SLURM_JOB_END_TIME:-0}
+    left=$((end - $(date +%s)))
+    if [ "$end" -gt 0 ] && [ "$left" -lt 8640000 ]; then # without a limit SLURM says a year
         say "asked to stop, $left seconds before the end"
         left=$((left < 0 ? 0 : left - (left < 80 ? left / 4 : 20)))
         last_moment=$(($(date +%s) + left))

@@ -52,6 +52,7 @@ def whole(recipes, tmp_path_factory):
 @pytest.mark.parametrize(
     "kind, step, content, stops_at, goes_on_from",
     [
+        ("grpo", 3, "stop", 4, 4),
         ("grpo", 3, ALWAYS, 4, 4),
         ("grpo", 3, "in an hour", 4, 4),
         ("grpo", 3, NO_MORE, 3, 2),
@@ -75,7 +76,8 @@ def test_a_run_stops_when_asked_and_comes_back(
         if content == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            callback.file.write_text(str(time.time() + 3600) if content == "in an hour" else content)
+            file = tmp_path / ("stop" if content == "stop" else "stop_at")
+            file.write_text({"stop": "", "in an hour": str(time.time() + 3600)}.get(content, content))
 
     before_step(step, ask)
     run = [str(recipes / f"{kind}.yaml"), *SAVES[kind], "--output_dir", str(tmp_path)]
@@ -86,7 +88,7 @@ def test_a_run_stops_when_asked_and_comes_back(
     assert f"asked to stop: stopped at step {stops_at} of" in capsys.readouterr().out
     saved = [path.name for path in checkpoints.saved(tmp_path)]
     assert (saved[-1] if saved else None) == (goes_on_from and f"checkpoint-{goes_on_from}")
-    assert not (tmp_path / "stop").exists()
+    assert [path.name for path in tmp_path.glob("stop*")] == ["stopped"] * (content == "stop")
     assert not list(tmp_path.glob("*.safetensors"))  # an unfinished model is not exported
     MAIN[kind](run)
     said = capsys.readouterr().out
@@ -97,11 +99,11 @@ def test_a_run_stops_when_asked_and_comes_back(
 
 def test_a_rollout_is_finished_only_if_there_is_time(tmp_path):
     callback = PreemptionCallback.__new__(PreemptionCallback)
-    callback.file, callback.terminated_at = tmp_path / "stop", None
+    callback.folder, callback.terminated_at = tmp_path, None
     callback._update_seconds, callback._save_seconds = 100.0, 50.0
     verdicts = []
     for left in (360, 340):
-        callback.file.write_text(str(time.time() + left))
+        (tmp_path / "stop_at").write_text(str(time.time() + left))
         verdicts.append([callback._wish(updates) for updates in (0, 1, 2, 3)])
     save, go_on, leave = 1, 0, 2
     assert verdicts == [[save, go_on, go_on, go_on], [save, go_on, go_on, leave]]
@@ -109,9 +111,17 @@ def test_a_rollout_is_finished_only_if_there_is_time(tmp_path):
 
 @pytest.mark.slow
 def test_asked_in_its_last_step_a_run_finishes(recipes, tmp_path, before_step, whole):
-    before_step(6, lambda callback: callback.file.write_text(NO_MORE))
+    before_step(6, lambda callback: [(tmp_path / name).write_text(NO_MORE) for name in ("stop", "stop_at")])
     MAIN["sft"]([str(recipes / "sft.yaml"), *SAVES["sft"], "--output_dir", str(tmp_path)])
     assert checkpoints.finished(tmp_path) and (tmp_path / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("stop*"))
+
+
+@pytest.mark.slow
+def test_a_time_that_had_passed_before_the_start_stops_nothing(recipes, tmp_path):
+    (tmp_path / "stop_at").write_text(str(time.time() - 1))
+    MAIN["sft"]([str(recipes / "sft.yaml"), *SAVES["sft"], "--output_dir", str(tmp_path)])
+    assert checkpoints.finished(tmp_path)
 
 
 @pytest.mark.slow

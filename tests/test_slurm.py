@@ -224,9 +224,22 @@ def test_a_typo_ends_the_job_before_anything_is_started(slurm, home):
     assert job.end() == "FAILED"
     assert "unknown key `num_generation`: 8; did you mean `num_generations`?" in job.log.splitlines()[-1]
     assert not (home / "runs/typo").exists()
+    job = Job(home, "slurm/train.slurm", "grpo.yaml", "--datasets", "[{path: world/nope}]")
+    assert job.end() == "FAILED"
+    assert "`datasets[0]`: world/nope is not here" in job.log.splitlines()[-1]
     job = Job(home, "slurm/train.slurm", "no.yaml")
     assert job.end() == "FAILED"
     assert "error: no recipe at" in job.log.splitlines()[-1]
+    job = Job(home, "slurm/train.slurm")
+    assert job.end() == "FAILED"
+    assert job.log == "error: name a recipe: sbatch slurm/train.slurm RECIPE [--key value ...]\n"
+
+
+def test_what_only_the_ranks_find_stands_in_the_last_line(slurm, home):
+    job = Job(home, "slurm/train.slurm", "grpo.yaml", "--max_prompt_length", "8", "--output_dir", "runs/empty")
+    assert job.end() == "FAILED"
+    said = "error: the training has ended with code 1, see above: 100.0% of the rows had to be dropped"
+    assert job.log.splitlines()[-1].startswith(said)
 
 
 def test_a_run_that_is_told_to_stay_away_does_not_come_back_and_nobody_else_takes_its_folder(slurm, home):
@@ -245,6 +258,13 @@ def test_a_run_that_is_told_to_stay_away_does_not_come_back_and_nobody_else_take
     job = Job(home, *train)
     assert job.end() == "FAILED" and job.log.endswith(said)
     assert not (folder / "stop").exists() and "going on from" not in job.log
+    for ask in ["scancel", "--batch", "--signal=USR1"], ["scontrol", "requeue"]:  # it was told to come back
+        job, done = Job(home, *train, "--stop_after_rollouts", "23"), steps_saved(folder)
+        job.wait(lambda done=done: steps_saved(folder) > done)
+        subprocess.run([*ask, job.number], check=True)
+        (folder / "stop").touch()
+        assert job.end() == "FAILED" and job.log.endswith(said), job.log
+        assert job.about("Restarts") == ("1" if "requeue" in ask else "0")
     assert not (folder / "model.safetensors").exists()
 
 

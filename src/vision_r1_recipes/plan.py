@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+from datasets import load_dataset_builder
+from transformers.utils import cached_file
 from trl import ModelConfig
 
 from . import memory
@@ -70,6 +73,8 @@ def plan(
         problems.append(f"`model_name_or_path`: {recipe['model_name_or_path']} is not here yet: train it first.")
     if here and instances is not None:
         problems += run_problems({**values, "use_cpu": recipe.get("use_cpu", False)}, instances[1])
+    if here and not problems:
+        problems += _absent(values)
     if problems and serving:
         fits = [n for n in range(1, 2 * gpus) if not _check(argv, config_class, n)[2]]
         near = sorted(sorted(fits, key=lambda n: abs(n - world_size))[:3])
@@ -91,6 +96,25 @@ def plan(
             "to write a checkpoint"
         )
     return "\n".join([f"{title}: {lines[0]}", *lines[1:]]), problems
+
+
+def _absent(values: Mapping[str, Any]) -> list[str]:
+    """Model and data that are not on this machine and don't come from the Hub."""
+    name, revision = values.get("model_name_or_path"), values.get("model_revision")
+    needed = [("model_name_or_path", name, partial(cached_file, name, "config.json", revision=revision))]
+    for key in ("datasets", "eval_datasets"):
+        for i, source in enumerate(values.get(key) or []):
+            if not Path(path := source["path"]).exists():
+                options = {"name": source.get("name"), "data_files": source.get("data_files")}
+                needed.append((f"{key}[{i}]", path, partial(load_dataset_builder, path, **options)))
+    problems = []
+    for key, name, find in needed:
+        try:
+            find()
+        except Exception as error:
+            said = str(error).partition("\n")[0]
+            problems.append(f"`{key}`: {name} is not here, and the Hub doesn't give it: {said}")
+    return problems
 
 
 def start_model(path: str, name: str | None) -> str | None:

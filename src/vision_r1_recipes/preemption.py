@@ -10,7 +10,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 
-STOP = "stop"  # a file in `output_dir`
+# Files in `output_dir`: somebody's wish; that it was fulfilled; when the machines go away, from `slurm/train.slurm`.
+STOP, STOPPED, STOP_AT = "stop", "stopped", "stop_at"
 GRACE = 30  # seconds from SIGTERM to SIGKILL: SLURM's default KillWait, and what torchrun leaves its processes
 GO_ON, SAVE, LEAVE = range(3)
 
@@ -19,11 +20,11 @@ class PreemptionCallback(TrainerCallback):
     """
     Ends a run early that is asked to, between two rollouts with a checkpoint.
 
-    It is asked by a file `stop` in its `output_dir`, which may hold the time (seconds since 1970) at which the
-    machines go away, or by SIGTERM, half a minute before SIGKILL. At every optimizer step the processes agree on what
-    to do: at the end of a rollout they save and end; inside one they go on to its end if that, at the speed measured,
-    comes in time, and otherwise end at once: the run goes on from its last checkpoint. Without `stages` every
-    optimizer step is the end of a rollout.
+    It is asked by a file in its `output_dir`, `stop`, or `stop_at` with the time (seconds since 1970) at which the
+    machines go away, if that is known, or by SIGTERM, half a minute before SIGKILL. At every optimizer step the
+    processes agree on what to do: at the end of a rollout they save and end; inside one they go on to its end if that,
+    at the speed measured, comes in time, and otherwise end at once: the run goes on from its last checkpoint. Without
+    `stages` every optimizer step is the end of a rollout.
 
     Args:
         trainer ([`VisionSFTTrainer`] or [`VisionGRPOTrainer`]):
@@ -32,7 +33,7 @@ class PreemptionCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.file = Path(trainer.args.output_dir, STOP)
+        self.folder = Path(trainer.args.output_dir)
         self.updates_per_rollout = getattr(trainer, "updates_per_rollout", 1)
         self.terminated_at: float | None = None
         self.stopped = False
@@ -58,13 +59,25 @@ class PreemptionCallback(TrainerCallback):
         if self.terminated_at is not None:
             return self.terminated_at + GRACE - time()
         try:
-            content = self.file.read_text()
-        except OSError:  # not there; or a network disk that will say so at the next step
-            return None
-        try:
-            return float(content) - time()
-        except ValueError:  # nothing but the wish
+            return float((self.folder / STOP_AT).read_text()) - time()
+        except ValueError:  # nobody knows when
             return float("inf")
+        except OSError:  # not there; or a network disk that will say so at the next step
+            return float("inf") if (self.folder / STOP).exists() else None
+
+    def forget(self) -> None:
+        """Leave out a time that had passed before the run began."""
+        left = self.seconds_left()
+        if left is not None and left < 0:
+            (self.folder / STOP_AT).unlink()
+
+    def clear(self, finished: bool) -> None:
+        """Take the files away for the next start; one that was to stop and has not finished leaves `stopped`."""
+        (self.folder / STOP_AT).unlink(missing_ok=True)
+        if finished:
+            (self.folder / STOP).unlink(missing_ok=True)
+        elif (self.folder / STOP).exists():
+            (self.folder / STOP).replace(self.folder / STOPPED)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._start = perf_counter()

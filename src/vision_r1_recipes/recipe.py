@@ -382,10 +382,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     expand = commands.add_parser("expand", help="print the recipe after inheritance and overrides")
     get = commands.add_parser("get", help="print one value")
     state = commands.add_parser("state", help="print what there is of its run: finished, its checkpoint, or nothing")
+    entry = commands.add_parser("script", help="print its entry point: grpo.py or sft.py")
     serve = commands.add_parser("serve", help="print the command of its rollout server")
     plan = commands.add_parser("plan", help="print the arithmetic and every problem; exit code 2 if there is one")
     diff = commands.add_parser("diff", help="print what differs between two recipes after inheritance")
-    for command in (expand, get, state, serve, plan, diff):
+    for command in (expand, get, state, entry, serve, plan, diff):
         command.add_argument("recipe")
     diff.add_argument("other", help="the second recipe, with the overrides that follow")
     get.add_argument("key", help="a dot goes into a dict or a list: stages.0.steps")
@@ -426,6 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .checkpoints import state as find_state
 
             value = find_state(value)
+        if args.command == "script":
+            value = script(value)
         if args.command == "get":
             for part in args.key.split("."):
                 try:

@@ -89,6 +89,7 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
             Path(args.output_dir, "completions").mkdir(parents=True)  # TRL has made it and will write there
             print(f"{args.output_dir} held a run that had ended: moved to {aside}")
         Path(args.output_dir, "trainer_state.json").unlink(missing_ok=True)  # of what goes on: not finished any more
+        preemption.forget()
         recipe.save(values, args.output_dir, **world)
         report.save(Path(args.output_dir, "data_report.json"))
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one is written
@@ -99,7 +100,7 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
     if trainer.state.global_step < trainer.state.max_steps:
         newest, _ = checkpoints.wanted("auto", args.output_dir)
         if trainer.accelerator.is_main_process:
-            preemption.file.unlink(missing_ok=True)
+            preemption.clear(finished=False)
             print(
                 f"{'asked to stop: ' * preemption.stopped}stopped at step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; `--resume_from_checkpoint auto` goes on from "
@@ -110,4 +111,6 @@ def run(trainer: Trainer, values: dict[str, Any], report: DataReport) -> None:
         return
     trainer.save_model(args.output_dir)
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        preemption.clear(finished=True)
     trainer.save_state()  # last: with it the run counts as finished
