@@ -417,6 +417,15 @@ def test_a_half_written_response_is_asked_again(servers, tmp_path):
         relay_to(servers, tmp_path).__enter__()
 
 
+def test_a_damaged_response_is_named(servers, tmp_path):
+    with relay_to(servers, tmp_path) as relay:
+        ask(relay, "Find the area")
+    path = tmp_path / "responses.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"tokens"', b'"toke'))
+    with pytest.raises(RecipeError, match=r"responses.jsonl is damaged in line 2. Delete it .*sed -i '2,\$d'"):
+        relay_to(servers, tmp_path).__enter__()
+
+
 def test_a_retry_that_finds_no_answer_either(servers, tmp_path, monkeypatch):
     monkeypatch.setitem(SAYS, "Find the length of AB", ["<think> wait"])
     with relay_to(servers, tmp_path) as relay:

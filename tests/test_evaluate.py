@@ -368,6 +368,56 @@ def test_another_evaluation_in_its_folder_is_left_alone(world, evaluated, tmp_pa
             stack.enter_context(progress(folder / ev.PROGRESS, settings))
 
 
+@pytest.mark.parametrize("line", [2, 1])
+def test_damaged_progress_is_named_and_mended_as_told(world, evaluated, tmp_path, monkeypatch, line):
+    """A line in the middle, and that of the settings: what is told to be deleted is, and the samples are the same."""
+    folder, run = tmp_path / "of mine", (str(world / "model"), str(world / "rl"))
+    settings = {**QUICK, "output_dir": str(folder), "seed": 3}
+
+    class Stopped(Exception):
+        pass
+
+    def stopped(*_):
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(ev, "_tables", stopped)
+        ev.evaluate(*run, **settings)
+    path = folder / ev.PROGRESS
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert len(whole) == 4
+    for damaged in (b"\0\xff\0\r\n", b"{}\n" if line > 1 else b"null\n"):
+        path.write_bytes(b"".join([*whole[: line - 1], damaged, *whole[line:]]))
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "load_model", None)  # told before
+            with pytest.raises(RecipeError, match=f"progress.jsonl is damaged in line {line}. Delete") as told:
+                ev.evaluate(*run, **settings, check=True)
+    if line > 1:
+        subprocess.run(str(told.value).split("`")[1], shell=True, check=True)
+        assert path.read_bytes() == whole[0]
+    else:
+        path.unlink()
+    ev.evaluate(*run, **settings)
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / ev.SAMPLES), evaluated[1])
+
+
+@pytest.mark.parametrize(
+    "name, content", [(ev.SUMMARY, b"{}"), (ev.SUMMARY, b'{"na'), (ev.SAMPLES, b"PAR1"), (ev.SAMPLES, None)]
+)
+def test_a_damaged_evaluation_is_named(world, evaluated, tmp_path, name, content):
+    folder = tmp_path / "eval"
+    shutil.copytree(world / "eval", folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    for call in (
+        lambda: ev.compare(str(world / "eval"), str(folder)),
+        lambda: ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(folder), seed=3, **QUICK),
+    ):
+        with pytest.raises(RecipeError, match=rf"{name} is damaged: .*Delete {folder}, and evaluate again"):
+            call()
+
+
 def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):
     """All are checked before the first is asked, and a model is loaded once for all sets."""
     for name in ("a", "b"):

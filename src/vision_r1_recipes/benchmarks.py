@@ -136,7 +136,9 @@ class Relay:
 
     def __enter__(self) -> Relay:
         self.stack = contextlib.ExitStack()
-        lines, self.add = self.stack.enter_context(progress(self.path, self.settings, "working on"))
+        lines, self.add = self.stack.enter_context(
+            progress(self.path, self.settings, "working on", ("key", "text", "tokens", "truncated"))
+        )
         self.kept = {line["key"]: line for line in lines}
         self.loop = asyncio.new_event_loop()
         self.endpoints = {name: Endpoint(config, parse=Generation.whole) for name, config in self.configs.items()}

@@ -49,12 +49,13 @@ from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
 from vision_r1_recipes.data import BUILDERS, fingerprint, image_bounds, load_processor, load_rows, question_of  # noqa: E402
 from vision_r1_recipes.grading import agree  # noqa: E402
-from vision_r1_recipes.progress import check_same, progress  # noqa: E402
+from vision_r1_recipes.progress import check_folder, check_same, progress  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
 
 SUMMARY, SAMPLES, PROGRESS = "summary.json", "samples.parquet", "progress.jsonl"
+LINE = ("made", "state")  # of PROGRESS
 KEYS = ("id", "problem", "solution")  # of a question
 
 # Self-reflection words of the paper's data table, in the forms that are counted.
@@ -188,15 +189,10 @@ def compare(a: str, b: str) -> str:
     Raises:
         `RecipeError`: one of them is none, or they are not of the same questions.
     """
-    found = []
     for folder in (a, b):
-        try:
-            found.append(
-                (json.loads(Path(folder, "summary.json").read_text()), pd.read_parquet(Path(folder, SAMPLES)))
-            )
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{folder} is not the folder of a finished evaluation: {error}") from error
-    (ours, samples), (theirs, others) = found
+        if not Path(folder, SUMMARY).is_file():
+            raise RecipeError(f"{folder} is not the folder of a finished evaluation: it has no {SUMMARY}.")
+    (ours, samples), (theirs, others) = read_finished(Path(a)), read_finished(Path(b))
     try:
         mean, low, high = paired_difference(samples, others)
     except ValueError as error:
@@ -212,6 +208,23 @@ def compare(a: str, b: str) -> str:
     return "\n".join([*lines, *([f"their settings differ: {', '.join(differ)}"] if differ else [])])
 
 
+def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The summary and the samples in the folder of a finished evaluation; [`RecipeError`] when one is damaged."""
+    found = []
+    for name, read, keys in (
+        (SUMMARY, lambda path: json.loads(path.read_text()), ("name", "accuracy", "accuracy_se", "sampling")),
+        (SAMPLES, pd.read_parquet, ("id", "completion", "tokens", "truncated", "format", "correct")),
+    ):
+        try:
+            found.append(read(folder / name))
+            if missing := [key for key in keys if key not in found[-1]]:
+                raise ValueError(f"it has no `{missing[0]}`")
+        except (OSError, ValueError, TypeError) as error:
+            said = str(error).splitlines()[0]
+            raise RecipeError(f"{folder / name} is damaged: {said}. Delete {folder}, and evaluate again.") from error
+    return tuple(found)
+
+
 @dataclass
 class _Task:
     """One model on one set of questions, checked and ready."""
@@ -221,7 +234,7 @@ class _Task:
     settings: dict[str, Any]  # what the samples depend on
     folder: Path
     dropped: dict[str, int]
-    summary: dict[str, Any] | None  # of the same settings, when finished before
+    finished: tuple[dict[str, Any], pd.DataFrame] | None  # with the same settings
 
 
 def _prepare(
@@ -265,11 +278,15 @@ def _prepare(
     home = Path(model, "eval") if Path(model).is_dir() else Path("runs", "eval", Path(model).name)
     place = Path(source["path"]).resolve()
     folder = Path(output_dir or home / (place.stem if place.suffix in BUILDERS else place.name))
-    summary = None
+    check_folder(folder)
+    finished = None
     if (folder / SUMMARY).is_file():
-        summary = json.loads((folder / SUMMARY).read_text())
-        check_same(summary.get("settings", {}), settings, folder)
-    return _Task(loaded, rows, settings, folder, report.dropped, summary)
+        finished = read_finished(folder)
+        check_same(finished[0].get("settings", {}), settings, folder)
+    elif (folder / PROGRESS).is_file():
+        with progress(folder / PROGRESS, settings, keys=LINE):
+            pass  # can be gone on with
+    return _Task(loaded, rows, settings, folder, report.dropped, finished)
 
 
 def weights_of(model: str) -> list[list[Any]]:
@@ -419,10 +436,10 @@ def evaluate(
     )
     if check:
         return task.folder
-    if task.summary is not None:
+    if task.finished is not None:
         print("finished before")
-        samples = pd.read_parquet(task.folder / SAMPLES)
-        summary = {**task.summary, "name": name or task.summary["name"], **summarize(samples, buckets)}
+        summary, samples = task.finished
+        summary = {**summary, "name": name or summary["name"], **summarize(samples, buckets)}
     else:
         loaded = {} if loaded is None else loaded
         longest = max(task.rows.with_format(None)["tokens"][:]) + max_new_tokens
@@ -434,7 +451,7 @@ def evaluate(
                 model, task.processor, max_length=longest, dtype=dtype, batch_size=batch_size, args=args, **asked
             )
         set_seed(seed)
-        with progress(task.folder / PROGRESS, task.settings) as (lines, add):
+        with progress(task.folder / PROGRESS, task.settings, keys=LINE) as (lines, add):
             made = {tuple(request): completion for line in lines for request, completion in line["made"]}
             if lines:
                 print(f"{len(made)} completions were finished before")

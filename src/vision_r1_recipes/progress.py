@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .recipe import RecipeError
 
 @contextlib.contextmanager
 def progress(
-    path: Path, settings: Mapping[str, Any], doing: str = "evaluating into"
+    path: Path, settings: Mapping[str, Any], doing: str = "evaluating into", keys: Sequence[str] = ()
 ) -> Iterator[tuple[list[dict[str, Any]], Callable[[Mapping[str, Any]], None]]]:
     """
     Keep `path` for this process: the lines that are in it, and a function that adds one.
@@ -23,10 +24,12 @@ def progress(
         path (`Path`): The file; the first of its lines is `settings`.
         settings (`dict`): What the lines depend on, as JSON.
         doing (`str`, *optional*): What the process does with the folder, for the message.
+        keys (`list[str]`, *optional*): What each line but the first has.
 
     Raises:
-        `RecipeError`: another process has the file, or its lines are of other settings.
+        `RecipeError`: another process has the file, its lines are of other settings, or one is none.
     """
+    check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:
@@ -42,12 +45,35 @@ def progress(
         whole = file.read()
         whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left the beginning of a line
         file.truncate(len(whole))
-        first, *lines = map(json.loads, whole.splitlines() or [b"null"])
-        if first is None:
-            add(settings)
+        lines = [_read(line, i, path, keys if i > 1 else ()) for i, line in enumerate(whole.split(b"\n")[:-1], 1)]
+        if lines:
+            check_same(lines.pop(0), settings, path.parent)
         else:
-            check_same(first, settings, path.parent)
+            add(settings)
         yield lines, add
+
+
+def _read(line: bytes, number: int, path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict) and found.keys() >= set(keys):
+            return found
+    except ValueError:
+        pass
+    # What was answered after a line that is lost was drawn after it.
+    fix = (
+        f"Delete it and those after it, `sed -i '{number},$d' {shlex.quote(str(path))}`,"
+        if number > 1
+        else "Delete the file,"
+    )
+    raise RecipeError(f"{path} is damaged in line {number}. {fix} and run the same command again.")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise [`RecipeError`] when `folder`, or one that it would be in, is a file."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RecipeError(f"`output_dir`: {folder} can't be a folder, {there} is a file. Name another one.")
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -56,4 +82,6 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
     differ = [key for key in now if before.get(key) != now[key]]
     if differ:
         said = "; ".join(f"`{key}` was {before.get(key)}, is {now[key]}"[:200] for key in differ)
-        raise RecipeError(f"{folder} holds another evaluation: {said}. Delete it, or name another `--output_dir`.")
+        raise RecipeError(
+            f"{folder} holds another evaluation: {said}. Delete it, or give this one, by itself, another `--output_dir`."
+        )
