@@ -448,19 +448,23 @@ def test_the_standard_error_is_over_groups():
     tenfold = bm.score([(right, k) for k, right in enumerate([1] * 6 + [0] * 2) for _ in range(10)])
     assert tenfold["accuracy_se"] == pytest.approx(alone["accuracy_se"])
     assert (tenfold["questions"], tenfold["groups"]) == (80, 8)
+    none = bm.score([(0, k) for k in range(20) for _ in range(10)])
+    assert (none["accuracy_se"], none["accuracy_interval"]) == (0, 0.15)  # the rule of three
 
 
 def test_the_paper_s_average():
     paper = {"mathvista": 73.5, "mathverse": 52.4, "mm_math": 40.2, "dynamath": 56.3}  # [paper]
-    scores = {name: {"accuracy": value / 100, "accuracy_se": 0.03} for name, value in paper.items()}
-    mean, error = bm.average(scores)
-    assert round(100 * mean, 1) == 55.4 and error == pytest.approx(0.03 / 3**0.5)
+    scores = {name: {"accuracy": value / 100, "accuracy_interval": 0.03} for name, value in paper.items()}
+    mean, half = bm.average(scores)
+    assert round(100 * mean, 1) == 55.4 and half == pytest.approx(0.03 / 3**0.5)
     assert bm.average({name: scores[name] for name in ("mathvista", "mm_math")}) is None
 
 
 def test_the_table_says_what_it_depends_on():
     counts = {"mean_tokens": 2057.0, "truncated": 0.02, "without an answer": 0.021, "retried": 0.0, "refused": 1}
-    scores = {name: {"accuracy": 0.5, "accuracy_se": 0.01, "questions": 5010, **counts} for name in bm.BENCHMARKS}
+    scores = {
+        name: {"accuracy": 0.5, "accuracy_interval": 0.0196, "questions": 5010, **counts} for name in bm.BENCHMARKS
+    }
     summary = {
         **{"name": "mine", "server": "http://gpu:8000/v1", "date": "2026-01-31"},
         "settings": {

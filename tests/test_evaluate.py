@@ -193,6 +193,15 @@ def test_summary_of_known_samples():
     assert summary["reflection"]["wait"]["share"] == 0.25 and summary["reflection"]["any"]["share"] == 0.5
 
 
+@pytest.mark.parametrize("right", [0, 40])
+def test_none_or_all_right_is_not_known_without_error(right):
+    samples = pd.DataFrame({"id": range(40), "completion": "12", "tokens": 2, "truncated": False, "format": True})
+    summary = ev.summarize(samples.assign(correct=right > 0))
+    assert (summary["accuracy_se"], summary["accuracy_interval"]) == (0, 0.075)  # the rule of three
+    said = {"name": "x", "data": {"path": "rl", "split": "test", "limit": None, "dropped": {}}}
+    assert f"accuracy {right * 2.5} % ± 7.5 (95 % interval)" in ev.describe({**said, **summary})
+
+
 def columns(correct):
     return {"id": [f"row {i}" for i in range(len(correct))], "correct": list(correct)}
 

@@ -274,6 +274,12 @@ def test_run_that_is_still_going(tmp_path):
     assert "no evaluations given" in text and (tmp_path / "out" / "length.png").is_file()
 
 
+def test_none_right_is_not_known_without_error(tmp_path):
+    none = write_eval(tmp_path / "none", "none", np.zeros(40, bool), np.full(40, 9))
+    report.main([none, "--output_dir", str(tmp_path / "out")])
+    assert cells((tmp_path / "out/report.md").read_text(), "none")[1:4] == ["0.0", "9.0", "± 7.5"]
+
+
 def test_without_runs_samples_recipe_or_accuracy(tmp_path, evals):
     (tmp_path / "ci" / "eval" / "samples.parquet").unlink()
     report.main([*evals, "--output_dir", str(tmp_path / "out")])

@@ -49,6 +49,7 @@ from . import preflight, recipe
 from .bridge.endpoint import NOT_INHERITED, Endpoint, EndpointConfig, served
 from .bridge.run import sigterm_interrupts
 from .bridge.steps import Generation, Rejected
+from .evaluate import interval
 from .progress import progress
 from .recipe import RecipeError
 from .rewards import TAGS, last_answer
@@ -368,8 +369,8 @@ def run_lmms_eval(
 
 def score(verdicts: Sequence[tuple[float, Any]]) -> dict[str, Any]:
     """
-    `{accuracy, accuracy_se, questions, groups}`, between 0 and 1, of `(accuracy, group)` pairs. The standard error is
-    over groups: ten variants of a question are not ten questions.
+    `{accuracy, accuracy_se, accuracy_interval, questions, groups}`, between 0 and 1, of `(accuracy, group)` pairs. The
+    standard error is over groups: ten variants of a question are not ten questions.
     """
     n = len(verdicts)
     mean = sum(right for right, _ in verdicts) / n
@@ -377,15 +378,16 @@ def score(verdicts: Sequence[tuple[float, Any]]) -> dict[str, Any]:
     for right, group in verdicts:
         groups[group] += right - mean
     error = sum(difference**2 for difference in groups.values()) ** 0.5 / n
-    return {"accuracy": mean, "accuracy_se": error, "questions": n, "groups": len(groups)}
+    half = interval(error, len(groups))
+    return {"accuracy": mean, "accuracy_se": error, "accuracy_interval": half, "questions": n, "groups": len(groups)}
 
 
 def average(scores: Mapping[str, Mapping[str, Any]]) -> tuple[float, float] | None:
-    """The paper's Avg, of MathVista, MathVerse and MM-Math, and its standard error; `None` if one is missing."""
+    """The paper's Avg, of MathVista, MathVerse and MM-Math, and half its 95 % interval; `None` if one is missing."""
     if not scores.keys() >= set(AVERAGED):
         return None
-    errors = sum(scores[name]["accuracy_se"] ** 2 for name in AVERAGED) ** 0.5
-    return sum(scores[name]["accuracy"] for name in AVERAGED) / len(AVERAGED), errors / len(AVERAGED)
+    half = sum(scores[name]["accuracy_interval"] ** 2 for name in AVERAGED) ** 0.5
+    return sum(scores[name]["accuracy"] for name in AVERAGED) / len(AVERAGED), half / len(AVERAGED)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -394,14 +396,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
     names = [name for name in BENCHMARKS if any(name in row["scores"] for row in rows)]
     names.sort(key=lambda name: name not in AVERAGED)  # the average stands behind what it is of
 
-    def cell(accuracy: float, error: float) -> str:
-        return f"{100 * accuracy:.1f} ± {196 * error:.1f}"
+    def cell(accuracy: float, half: float) -> str:
+        return f"{100 * accuracy:.1f} ± {100 * half:.1f}"
 
     lines = [["Model", *(BENCHMARKS[name].title for name in names), "Avg"]]
     for row in rows:
         title = summary["name"] + (f", up to {row['retries']} retries" if row["retries"] else "")
         scores = [row["scores"].get(name) for name in names]
-        cells = [cell(s["accuracy"], s["accuracy_se"]) if s else "" for s in scores]
+        cells = [cell(s["accuracy"], s["accuracy_interval"]) if s else "" for s in scores]
         mean = average(row["scores"])
         lines.append([title, *cells, cell(*mean) if mean else ""])
     last = rows[-1]["scores"]

@@ -110,6 +110,7 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
     """
     correct, tokens = samples["correct"].astype(float), samples["tokens"]
     questions = per_question(samples)["correct"]
+    error = float(questions.std(ddof=0) / np.sqrt(len(questions)))
     n = len(samples) // len(questions)
     edges = [0, *sorted(set(buckets)), None]
     by_length = []
@@ -123,7 +124,8 @@ def summarize(samples: pd.DataFrame, buckets: Sequence[int] = (4096, 8192)) -> d
         "questions": len(questions),
         "samples_per_question": n,
         "accuracy": float(correct.mean()),
-        "accuracy_se": float(questions.std(ddof=0) / np.sqrt(len(questions))),
+        "accuracy_se": error,
+        "accuracy_interval": interval(error, len(questions)),
         "hfrrf": float((samples["correct"] & samples["format"]).mean()),
         "format_rate": float(samples["format"].mean()),
         "mean_tokens": float(tokens.mean()),
@@ -199,7 +201,10 @@ def compare(a: str, b: str) -> str:
         raise RecipeError(f"{a} and {b}: {error}") from error
     mine, yours = per_question(samples)["correct"], per_question(others)["correct"]
     lines = [
-        *(f"{s['name']}: {percent(s['accuracy'])} % ± {percent(1.96 * s['accuracy_se'])}" for s in (ours, theirs)),
+        *(
+            f"{s['name']}: {percent(s['accuracy'])} % ± {percent(interval(s['accuracy_se'], len(mine)))}"
+            for s in (ours, theirs)
+        ),
         f"difference: {100 * mean:+.1f} points, 95 % interval [{100 * low:+.1f}, {100 * high:+.1f}] "
         f"(paired bootstrap over {len(mine)} questions; {int((mine > yours).sum())} better, "
         f"{int((mine < yours).sum())} worse)",
@@ -509,12 +514,20 @@ def describe(summary: Mapping[str, Any]) -> str:
     refused = f"  the server refused {s['refused']} requests, which count as wrong\n" if s.get("refused") else ""
     return (
         f"{s['name']}: {s['questions']} questions{each} of {s['data']['path']}, split {s['data']['split']}\n"
-        f"  accuracy {percent(s['accuracy'])} % ± {percent(1.96 * s['accuracy_se'])} (95 % interval), "
+        f"  accuracy {percent(s['accuracy'])} % ± {percent(s['accuracy_interval'])} (95 % interval), "
         f"hfrrf {percent(s['hfrrf'])} %, format {percent(s['format_rate'])} %{more}\n{refused}"
         f"  tokens {s['mean_tokens']:.1f} (median {s['median_tokens']:g}), truncated {percent(s['truncated'])} %\n"
         f"  accuracy in % by tokens: {', '.join(buckets)}\n"
         f"  reflection words per 1,000 tokens (share of completions): {', '.join(words)}"
     )
+
+
+def interval(error: float, questions: int) -> float:
+    """
+    Half the 95 % interval of an accuracy with the standard error `error`. When all or none is right that is 0 and
+    tells nothing: then 3 / questions, the "rule of three".
+    """
+    return 1.96 * error or min(1.0, 3 / questions)
 
 
 def percent(share: float | None) -> str:

@@ -48,7 +48,7 @@ from transformers import (  # noqa: E402
 from vision_r1_recipes import checkpoints, preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import load_model, set_sampling  # noqa: E402
 from vision_r1_recipes.data import load_processor  # noqa: E402
-from vision_r1_recipes.evaluate import percent, weights_of  # noqa: E402
+from vision_r1_recipes.evaluate import interval, percent, weights_of  # noqa: E402
 from vision_r1_recipes.ptst import parse_stages  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.report import table  # noqa: E402
@@ -220,14 +220,6 @@ def load_evaluations(model: Path, folders: Sequence[str]) -> list[dict[str, Any]
     return summaries
 
 
-def interval(summary: Mapping[str, Any]) -> float:
-    """
-    Half the 95 % interval of the accuracy. When all or none is right the standard error is 0 and tells nothing: then
-    3 / questions, the "rule of three".
-    """
-    return 1.96 * summary["accuracy_se"] or min(1.0, 3 / summary["questions"])
-
-
 def _training(run: Run) -> str:
     values, report, environment = run.values, run.report, run.environment
     lines = [f"### {run.method}, from {run.link(values.get('model_name_or_path') or 'unknown')}", ""]
@@ -270,7 +262,7 @@ def _results(run: Run, summaries: Sequence[Mapping[str, Any]]) -> str:
     for i, s in enumerate(summaries, 1):
         data, sampling, n = s["data"], s["sampling"], s.get("samples_per_question", 1)
         first = f", first {data['limit']}" if data["limit"] else ""
-        accuracy = f"{percent(s['accuracy'])} ± {percent(interval(s))}"
+        accuracy = f"{percent(s['accuracy'])} ± {percent(interval(s['accuracy_se'], s['questions']))}"
         more = [percent(s.get(key)) for key, _ in extra]
         rest = (percent(s["format_rate"]), f"{s['mean_tokens']:.1f}", percent(s["truncated"]))
         questions = f"{i}. {run.name(data['path'])[0]}, {data['split']}{first}"
@@ -376,7 +368,8 @@ def model_card(
                 dataset_name=run.name(s["data"]["path"])[0],
                 dataset_split=s["data"]["split"],
                 metric_type="accuracy",
-                metric_name=f"Accuracy, % (± {percent(interval(s))}: 95 % interval over {s['questions']} questions)",
+                metric_name=f"Accuracy, % (± {percent(interval(s['accuracy_se'], s['questions']))}: 95 % interval "
+                f"over {s['questions']} questions)",
                 metric_value=round(100 * s["accuracy"], 2),
             )
             for s in summaries

@@ -61,11 +61,9 @@ def _read(line: bytes, number: int, path: Path, keys: Sequence[str]) -> dict[str
     except ValueError:
         pass
     # What was answered after a line that is lost was drawn after it.
-    fix = (
-        f"Delete it and those after it, `sed -i '{number},$d' {shlex.quote(str(path))}`,"
-        if number > 1
-        else "Delete the file,"
-    )
+    fix = "Delete the file,"
+    if number > 1:
+        fix = f"Delete it and those after it, `sed -i '{number},$d' {shlex.quote(str(path))}`,"
     raise RecipeError(f"{path} is damaged in line {number}. {fix} and run the same command again.")
 
 
@@ -82,6 +80,5 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
     differ = [key for key in now if before.get(key) != now[key]]
     if differ:
         said = "; ".join(f"`{key}` was {before.get(key)}, is {now[key]}"[:200] for key in differ)
-        raise RecipeError(
-            f"{folder} holds another evaluation: {said}. Delete it, or give this one, by itself, another `--output_dir`."
-        )
+        fix = "Delete it, or give this one, by itself, another `--output_dir`."
+        raise RecipeError(f"{folder} holds another evaluation: {said}. {fix}")

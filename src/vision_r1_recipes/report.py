@@ -32,7 +32,14 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from vision_r1_recipes import preflight  # noqa: E402
-from vision_r1_recipes.evaluate import REFLECTION, bucket_name, paired_difference, per_question, percent  # noqa: E402
+from vision_r1_recipes.evaluate import (  # noqa: E402
+    REFLECTION,
+    bucket_name,
+    interval,
+    paired_difference,
+    per_question,
+    percent,
+)
 from vision_r1_recipes.ptst import num_rollouts  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.results import Evaluation, Run, buckets, by_label, link, load, read_json  # noqa: E402
@@ -94,9 +101,9 @@ def main_table(evaluations: Sequence[Evaluation]) -> str:
             spread(100 * s[key] for s in summaries) for key in ("accuracy", "hfrrf", "format_rate", "truncated")
         )
         mean, median = (spread((s[key] for s in summaries), form) for key, form in TOKENS)
-        interval = "-" if error is None else f"± {percent(1.96 * error)}"
+        half = "-" if error is None else f"± {percent(interval(error, len(questions)))}"
         rest = (truncated, len(group), "-" if questions is None else len(questions))
-        rows.append((label, accuracy, mean, interval, *shares, median, *rest))
+        rows.append((label, accuracy, mean, half, *shares, median, *rest))
     return table((*header, "Questions"), rows)
 
 
@@ -132,8 +139,7 @@ def difference_table(evaluations: Sequence[Evaluation], baseline: str) -> tuple[
             continue
         each = [100 * (a.summary["accuracy"] - b.summary["accuracy"]) for a, b in pairs]
         tokens = [a.summary["mean_tokens"] - b.summary["mean_tokens"] for a, b in pairs]
-        interval = f"[{low:+.1f}, {high:+.1f}]"
-        rows.append((label, spread(each, "+.1f"), spread(tokens, "+.1f"), interval, len(pairs)))
+        rows.append((label, spread(each, "+.1f"), spread(tokens, "+.1f"), f"[{low:+.1f}, {high:+.1f}]", len(pairs)))
     header = (f"Minus {baseline}", "Accuracy, points", "Mean tokens", "95 %, accuracy", "Seeds")
     return table(header, rows) if rows else "", notes
 
