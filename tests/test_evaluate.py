@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -502,7 +503,17 @@ def test_the_interval_covers_the_true_difference(n, questions):
 def test_compare(world, evaluated, several, tmp_path, capsys):
     ev.main(["compare", str(world / "eval"), str(world / "several")])
     out = capsys.readouterr().out
-    assert "difference: " in out and "over 12 questions" in out and "settings differ: n, retries" in out
+    assert "difference: " in out and "over 12 questions" in out
+    assert "settings differ: n 1 against 3, retries 0 against 2" in out
+    other = {**QUICK, "seed": 3, "dtype": "bfloat16", "min_pixels": 784, "max_pixels": 7056}
+    ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path / "other"), **other)
+    summary = json.loads((tmp_path / "other/summary.json").read_text())
+    summary["sampling"]["min_p"] = 0.1  # that another backend has
+    (tmp_path / "other/summary.json").write_text(json.dumps(summary))
+    for pair in (("eval", "other"), ("other", "eval")):
+        places = [str((tmp_path if name == "other" else world) / name) for name in pair]
+        found = ev.compare(*places).partition("settings differ: ")[2]
+        assert re.findall(r"(\w+) \S+ against", found) == ["dtype", "max_pixels", "min_p", "min_pixels"]
     with pytest.raises(RecipeError, match="nowhere is not the folder of a finished evaluation"):
         ev.compare(str(world / "eval"), str(tmp_path / "nowhere"))
     ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), limit=5, **QUICK)

@@ -33,6 +33,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import argparse  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
+import textwrap  # noqa: E402
 from collections.abc import Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from itertools import pairwise, product  # noqa: E402
@@ -209,8 +210,27 @@ def compare(a: str, b: str) -> str:
         f"(paired bootstrap over {len(mine)} questions; {int((mine > yours).sum())} better, "
         f"{int((mine < yours).sum())} worse)",
     ]
-    differ = [key for key in sorted(ours["sampling"]) if ours["sampling"][key] != theirs["sampling"].get(key)]
-    return "\n".join([*lines, *([f"their settings differ: {', '.join(differ)}"] if differ else [])])
+    differ = differing_settings(ours, theirs)
+    return "\n".join([*lines, *([f"their settings differ: {', '.join(differ.values())}"] if differ else [])])
+
+
+def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
+    """By its name, each setting that two summaries' numbers depend on and that is not the same, with both values."""
+
+    def settings(summary: Mapping[str, Any]) -> dict[str, Any]:
+        noted = summary.get("settings", {})
+        more = {"dtype": summary.get("dtype"), "backend_args": noted.get("backend_args"), **noted.get("pixels", {})}
+        return {**summary.get("data", {}), **summary["sampling"], **more}
+
+    def short(value: Any) -> str:
+        return textwrap.shorten(repr(value), 60, placeholder=" ...")
+
+    ours, theirs = settings(a), settings(b)
+    return {
+        key: f"{key} {short(ours.get(key))} against {short(theirs.get(key))}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    }
 
 
 def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:

@@ -21,7 +21,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import argparse  # noqa: E402
 import base64  # noqa: E402
 import re  # noqa: E402
-import textwrap  # noqa: E402
 from collections.abc import Iterable, Sequence  # noqa: E402
 from datetime import date  # noqa: E402
 from html import escape  # noqa: E402
@@ -35,6 +34,7 @@ from vision_r1_recipes import preflight  # noqa: E402
 from vision_r1_recipes.evaluate import (  # noqa: E402
     REFLECTION,
     bucket_name,
+    differing_settings,
     interval,
     paired_difference,
     per_question,
@@ -48,13 +48,7 @@ from vision_r1_recipes.results import Evaluation, Run, buckets, by_label, link, 
 SPENT = {"rollouts": "{:g} rollouts", "tokens": "{:,.0f} sampled tokens", "minutes": "{:.3g} minutes"}
 TOKENS = (("mean_tokens", ".1f"), ("median_tokens", "g"))
 VERSIONS = ("trl", "transformers", "torch")
-TOKEN_IDS = {
-    "suppress_tokens",
-    "eos_token_id",
-    "pad_token_id",
-    "bos_token_id",
-}  # a toy world has a tokenizer of its own
-SAME = ("data", "sampling")  # of two summaries, for their numbers to be comparable
+TOKEN_IDS = ("suppress_tokens", "eos_token_id", "pad_token_id", "bos_token_id")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 1rem 3rem; color: #222 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem }
@@ -323,18 +317,12 @@ def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
     for label, group in by_label(evaluations).items():
         found = {}
         for e in group:
-            for part in SAME:
-                ours, theirs = e.summary[part], first[part]
-                for key in ours.keys() - TOKEN_IDS:
-                    if ours[key] != theirs.get(key) and not (key == "path" and e.seed != evaluations[0].seed):
-                        found[key] = f"{key} {_short(ours[key])} against {_short(theirs.get(key))}"
+            # Each seed of a toy world has data and a tokenizer of its own.
+            own = {*TOKEN_IDS, *(("path",) if e.seed != evaluations[0].seed else ())}
+            found |= {k: said for k, said in differing_settings(e.summary, first).items() if k not in own}
         if found:
             notes.append(f"{label} differs from {evaluations[0].label} in: {', '.join(found.values())}.")
     return notes
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 60, placeholder=" ...")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
