@@ -213,6 +213,23 @@ def test_lengths_of_held_out_questions_are_in_the_figure(tmp_path, monkeypatch):
     assert [[list(values) for values in pair] for pair in points] == [[[15, 30], [45, 30]]]
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_all_text_is_inside_the_figure(tmp_path, monkeypatch):
+    """Of a run at a third of its stages, none of whose held-out questions was answered right."""
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    runs, _, _ = results.load([write_run(tmp_path / "run", 20, held_out={10: 0.0, 20: 0.0})])
+    figures.draw(runs, [], tmp_path)
+    for figure in drawn:
+        (axis,) = figure.axes
+        renderer = figure.canvas.get_renderer()
+        for box in (axis.get_tightbbox(renderer), axis.yaxis.label.get_window_extent(renderer)):
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    bottoms = [figure.axes[0].get_ylim()[0] for figure in drawn if "held-out" in figure.axes[0].get_ylabel()]
+    assert len(drawn) == 4 and bottoms == [0, 0, 0]
+
+
 def test_seeds_that_were_asked_the_same_questions_are_no_more_questions(tmp_path):
     right = np.arange(400) % 4 > 0
     one = report.pooled([results.load_evaluation("", Path(write_eval(tmp_path / "a", "m", right, right * 1)))])

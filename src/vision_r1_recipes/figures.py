@@ -66,6 +66,8 @@ def _figure(path: Path, items: Sequence, colours: dict[str, str], fill: Callable
         height = SIZE[1] + 0.2 * -(-len(shown) // 2)
         fig, axis = plt.subplots(figsize=(SIZE[0], height), layout="constrained")
         fill(axis)
+        if axis.dataLim.ymin == 0:  # matplotlib's margin would show shares below it
+            axis.set_ylim(bottom=0)
         handles = [Line2D([], [], color=colours[label], linewidth=4, label=label) for label in shown]
         fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         fig.savefig(path, dpi=150)
@@ -82,6 +84,7 @@ def _curve(axis, x: Sequence[np.ndarray], y: Sequence[np.ndarray], colour: str, 
     grid = grid[(grid >= start) & (grid <= end)]
     values = np.array([np.interp(grid, at, line) for at, line in zip(x, lines, strict=True)])
     width = 2.6 - 1.6 * COLOURS.index(colour) / len(COLOURS)  # what lies under another curve shows at its sides
+    style |= {"clip_on": False, "zorder": 3}  # at 0, over the axis
     axis.plot(grid, values.mean(axis=0), color=colour, linewidth=width, **style)
     if len(x) > 1:
         axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, linewidth=0)
@@ -111,7 +114,7 @@ def _length(axis, runs: Sequence[Run], colours: dict[str, str]) -> None:
         axis.plot(x, lengths, "x", color=colours[run.label], markersize=4)
     # A cap that nothing comes near would press the curves to the floor.
     lowest = min((s.max_completion_length for run in runs for s in run.stages), default=0)
-    what = f"mean completion length, tokens (dashed: cap{'; x: held-out questions' if held_out else ''})"
+    what = f"mean completion length, tokens\n(dashed: cap{'; x: held-out questions' if held_out else ''})"
     axis.set(xlabel="rollout", ylabel=what, xlim=(0, None))
     axis.set_ylim(0, max(1.1 * top, 1.1 * lowest))
     _stages(axis, runs)
@@ -161,6 +164,7 @@ def _stages(axis, runs: Sequence[Run]) -> None:
         middle, top = (edges[i] + edges[i + 1]) / 2, axis.get_xaxis_transform()
         axis.text(middle, 1.02, name, ha="center", transform=top, fontsize=7)
     if staged.stages:
+        axis.set_xlim(0, max(axis.get_xlim()[1], edges[-1]))
         axis.set_title(f"shaded: the stages of {staged.label}", fontsize=7, loc="left", pad=14)
 
 
