@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -212,6 +212,12 @@ def test_refused_before_the_model_loads(finished, toy, tmp_path, monkeypatch):
         export.export(str(finished), str(tmp_path / "full"))
     with pytest.raises(RecipeError, match="model is not a run"):
         export.export(str(toy / "model"), str(tmp_path / "out"))
+    with pytest.raises(RecipeError, match=r"full/file can't be a folder, .*full/file is a file"):
+        export.export(str(finished), str(tmp_path / "full/file"))
+    with pytest.raises(RecipeError, match=r"full/file/out can't be a folder, .*full/file is a file"):
+        export.export(str(finished), str(tmp_path / "full/file/out"))
+    with pytest.raises(RecipeError, match="`private` says how to push: name `--push_to_hub"):
+        export.main([str(finished), str(tmp_path / "out"), "--private"])
     for content, problem in (
         ({}, "not the folder of a finished evaluation"),
         ({"accuracy_se": 0, "model": str(toy / "model")}, "is of .*model, not of .*mine"),
@@ -222,6 +228,31 @@ def test_refused_before_the_model_loads(finished, toy, tmp_path, monkeypatch):
         with pytest.raises(RecipeError, match=problem):
             export.main([str(finished), str(tmp_path / "out"), "--eval", str(tmp_path / "eval")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copied_run_keeps_its_evaluations(finished, toy, tmp_path):
+    """Of a copy that keeps times, while the original is there; not of one that was trained on, nor of another run."""
+    ev.evaluate(str(finished), str(toy / "rl"), limit=2, max_new_tokens=2)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert len(export.load_evaluations(copy, [])) == 1
+    os.utime(copy / "model.safetensors")
+    with pytest.raises(RecipeError, match=r"is of .*mine, not of .*copy: .*must keep their times"):
+        export.load_evaluations(copy, [])
+    os.utime(finished / "model.safetensors")
+    with pytest.raises(RecipeError, match="is of weights that have been written again since"):
+        export.load_evaluations(finished, [])
+
+
+def test_a_lora_run_without_its_base(finished, tmp_path):
+    adapted = get_peft_model(loaded(finished)[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(finished)
+    (finished / "model.safetensors").unlink()
+    config = json.loads((finished / "adapter_config.json").read_text())
+    for named, said in ((str(tmp_path / "gone"), "over its base .*/gone: "), (None, "no base_model_name_or_path")):
+        (finished / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        with pytest.raises(RecipeError, match=said):
+            export.export(str(finished), str(tmp_path / "out"))
 
 
 def test_what_does_not_load_is_no_export(finished, tmp_path, monkeypatch):

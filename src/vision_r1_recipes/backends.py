@@ -37,9 +37,13 @@ def load_model(path: str, dtype: str = "auto", **kwargs) -> PreTrainedModel:
     Raises:
         `RecipeError`: it can't be read, or does not hold all weights (transformers would draw the others at random).
     """
+    base = path
     try:
         adapter = find_adapter_config_file(path)
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path if adapter else path
+        if adapter:
+            base = PeftConfig.from_pretrained(path).base_model_name_or_path
+            if not base:
+                raise ValueError("its adapter_config.json has no base_model_name_or_path")
         model, info = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, output_loading_info=True, **kwargs
         )
@@ -49,7 +53,8 @@ def load_model(path: str, dtype: str = "auto", **kwargs) -> PreTrainedModel:
         if adapter:
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
     except Exception as error:
-        raise RecipeError(f"can't load the model {path}: {type(error).__name__}: {error}") from error
+        over = f", a LoRA adapter, over its base {base}" if base != path else ""
+        raise RecipeError(f"can't load the model {path}{over}: {type(error).__name__}: {error}") from error
     if "device_map" not in kwargs:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval()

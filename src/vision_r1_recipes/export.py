@@ -49,6 +49,7 @@ from vision_r1_recipes import checkpoints, preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import load_model, set_sampling  # noqa: E402
 from vision_r1_recipes.data import load_processor  # noqa: E402
 from vision_r1_recipes.evaluate import interval, percent, weights_of  # noqa: E402
+from vision_r1_recipes.progress import check_folder  # noqa: E402
 from vision_r1_recipes.ptst import parse_stages  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.report import table  # noqa: E402
@@ -206,11 +207,11 @@ def load_evaluations(model: Path, folders: Sequence[str]) -> list[dict[str, Any]
     summaries = []
     for folder in found.values():
         summary = read_json(folder / "summary.json")
-        if not isinstance(summary, dict) or "accuracy_se" not in summary:
+        if not isinstance(summary, dict) or not summary.keys() >= {"accuracy_se", "model"}:
             raise RecipeError(f"{folder} is not the folder of a finished evaluation.")
         other = Path(summary["model"]).is_dir() and Path(summary["model"]).resolve() != model.resolve()
         noted = summary.get("settings", {}).get("weights")
-        if other or (noted and noted != weights):
+        if noted != weights if noted else other:  # a copy's are the same
             whose = summary["model"] if other else "weights that have been written again since"
             raise RecipeError(
                 f"the evaluation in {folder} is of {whose}, not of {model}: evaluate again, or move it away. (The "
@@ -453,7 +454,10 @@ def export(
         `RecipeError`: the run is not finished, something can't be read, or what was written does not load.
     """
     model, output = Path(run), Path(output_dir).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if private and not push_to_hub:
+        raise RecipeError("`private` says how to push: name `--push_to_hub OWNER/NAME` too, or leave it out.")
+    check_folder(output)
+    if output.exists() and any(output.iterdir()):
         raise RecipeError(f"{output_dir} is not empty: name another folder, or remove it.")
     home, partial = find_run(model)
     summaries = load_evaluations(model, evaluations)
