@@ -362,6 +362,7 @@ def test_no_lmms_eval(tmp_path):
 
 def test_wrong_arguments(pretended, servers, data, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "file").touch()
     rules = {"tasks": ["mm_math"], "output_dir": str(tmp_path)}
     for said, arguments in {
         "needed: `--base_url` of a running server, or `--serve`": {**rules, "base_url": None},
@@ -371,7 +372,11 @@ def test_wrong_arguments(pretended, servers, data, tmp_path, monkeypatch):
         "no server answers at http://127.0.0.1:1/v1/models": {**rules, "base_url": "http://127.0.0.1:1/v1"},
         "has no runs/other. It serves runs/ptst, small-judge": {**rules, "model": "runs/other"},
         "mm_math is missing, a copy of MM-Math's dataset": {**rules, "data_dir": str(tmp_path)},
-        "`retries`: -1": {**rules, "retries": -1},
+        "`retries`: -1, needs at least 0": {**rules, "retries": -1},
+        "`limit`: 0, needs at least 1": {**rules, "limit": 0},
+        "`base_url`: .*, `serve`: vllm serve: keep one": {**rules, "serve": "vllm serve"},
+        "temperature nan": {**rules, "temperature": float("nan")},
+        "file/out can't be a folder, .*file is a file": {**rules, "output_dir": str(tmp_path / "file/out")},
         "temperature -1": {**rules, "temperature": -1.0},
     }.items():
         with pytest.raises(RecipeError, match=said):

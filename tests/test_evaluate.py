@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -274,7 +275,7 @@ def test_system_prompt_is_the_recipe_s_unless_given(world, tmp_path, monkeypatch
     assert summary["sampling"]["system_prompt"] == used and summary["questions"] == 3
 
 
-def test_bad_input(world, tmp_path):
+def test_bad_input(world, tmp_path, capsys):
     model, data = str(world / "model"), str(world / "rl")
     with pytest.raises(RecipeError, match=r"can't read the model .*nowhere"):
         ev.evaluate(str(tmp_path / "nowhere"), data)
@@ -282,10 +283,24 @@ def test_bad_input(world, tmp_path):
         ev.evaluate(model, str(tmp_path / "nowhere"))
     with pytest.raises(RecipeError, match="val"):
         ev.evaluate(model, data, split="val")
-    with pytest.raises(RecipeError, match="temperature"):
-        ev.evaluate(model, data, temperature=-1)
-    with pytest.raises(RecipeError, match="float33"):
-        ev.evaluate(model, data, dtype="float33")
+    for key, value, needs in (
+        *(("temperature", wrong, "at least 0") for wrong in (-1, float("nan"), float("inf"))),
+        *(("top_p", wrong, "over 0, up to 1") for wrong in (0, float("nan"))),
+        *((key, 0, "at least 1") for key in ("n", "limit", "max_new_tokens", "batch_size", "max_pixels")),
+        *(("min_pixels", -5, "at least 1"), ("retries", -1, "at least 0"), ("seed", -1, "0 to 2**32 - 1")),
+        *(("max_dropped_share", 1.5, "0 to 1"), ("dtype", "float33", "auto or bfloat16")),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(f"`{key}`: {value}, needs {needs}")):
+            ev.evaluate(model, data, **{key: value})
+    with pytest.raises(RecipeError, match="`buckets`: 0, needs at least 1"):
+        ev.evaluate(model, data, buckets=(8, 0))
+    with pytest.raises(SystemExit, match="2"):
+        ev.main([model, "--data", data, "--backend_args", "{a: "])
+    assert "argument --backend_args: '{a: ' is not valid YAML" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for place in ("file", "file/eval"):
+        with pytest.raises(RecipeError, match=f"{place} can't be a folder, .*/file is a file"):
+            ev.evaluate(model, data, output_dir=str(tmp_path / place))
     shutil.copytree(model, tmp_path / "incomplete")
     weights = load_file(Path(model, "model.safetensors"))
     lost = next(name for name in weights if "norm" in name)
@@ -358,6 +373,21 @@ def test_killed_it_goes_on_and_ends_with_the_same_samples(world, several, tmp_pa
     assert 15 <= before < 27 and not progress.exists()
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "samples.parquet"), several[1])
     assert summary | {"environment": None} == several[0] | {"environment": None}
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_that_the_same_command_goes_on(world, tmp_path):
+    command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(world / "model"), "--data", str(world / "rl")]
+    command += ["--output_dir", str(tmp_path), "--n", "99", "--batch_size", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / ev.PROGRESS).is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.strip().endswith("what was answered is kept. Run the same command again to go on.")
 
 
 def test_another_evaluation_in_its_folder_is_left_alone(world, evaluated, tmp_path, monkeypatch, capsys):
@@ -442,13 +472,17 @@ def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):
     models = [str(tmp_path / name) for name in ("a", "b")]
     with pytest.raises(RecipeError, match="nowhere"):
         ev.main([*models, "--data", *sets, str(tmp_path / "nowhere"), *options])
-    with pytest.raises(RecipeError, match="would both be written to"):
+    with pytest.raises(RecipeError, match=r"would both be written to .*apart, each with its own `--output_dir`"):
         ev.main([models[0], "--data", sets[0], str(tmp_path / "elsewhere/rl"), *options])
     with pytest.raises(RecipeError, match="one model and one set"):
         ev.main([*models, "--data", *sets, "--name", "x"])
     assert not loads
     ev.main([*models, "--data", *sets, *options])
     assert [Path(model).name for model, _ in loads] == ["a", "b"]
+    # A folder's name does not tell the sampling: the advice is one that can be followed.
+    with pytest.raises(RecipeError, match=r"a/eval/rl holds .* Delete it, or give this one, by itself, another"):
+        ev.main([*models, "--data", *sets, *options, "--temperature", "0"])
+    ev.main([models[0], "--data", sets[0], *options, "--temperature", "0", "--output_dir", str(tmp_path / "greedy")])
     completions = [
         pd.read_parquet(tmp_path / name / "eval" / data / "samples.parquet")["completion"].tolist()
         for name in ("a", "b")

@@ -50,7 +50,7 @@ from .bridge.endpoint import NOT_INHERITED, Endpoint, EndpointConfig, served
 from .bridge.run import sigterm_interrupts
 from .bridge.steps import Generation, Rejected
 from .evaluate import interval
-from .progress import progress
+from .progress import check_folder, progress
 from .recipe import RecipeError
 from .rewards import TAGS, last_answer
 
@@ -495,9 +495,13 @@ def benchmarks(
     """
     if unknown := [task for task in tasks if task not in BENCHMARKS]:
         raise RecipeError(f"`tasks`: {', '.join(unknown)}: known are {', '.join(BENCHMARKS)}.")
-    if retries < 0 or (limit is not None and limit < 1):
-        raise RecipeError(f"`retries`: {retries}, at least 0; `limit`: {limit}, at least 1.")
-    if (base_url is None) == (serve is None):
+    if retries < 0:
+        raise RecipeError(f"`retries`: {retries}, needs at least 0.")
+    if limit is not None and limit < 1:
+        raise RecipeError(f"`limit`: {limit}, needs at least 1.")
+    if base_url is not None and serve is not None:
+        raise RecipeError(f"`base_url`: {base_url}, `serve`: {serve}: keep one of the two.")
+    if base_url is None and serve is None:
         raise RecipeError("needed: `--base_url` of a running server, or `--serve` with the command that starts one.")
     found = find_lmms_eval(lmms_python)
     if system_prompt is None:
@@ -528,6 +532,7 @@ def benchmarks(
             raise RecipeError(f"the judge of {needed}: {error} `--tasks mm_math` needs none.") from None
     home = Path(model, "benchmarks") if Path(model).is_dir() else Path("runs", "benchmarks", Path(model).name)
     folder = Path(output_dir or home).resolve()
+    check_folder(folder)
     settings = {"model": model, **asked, "seed": seed, "system_prompt": system_prompt or None}
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     variables = {

@@ -41,6 +41,7 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+import torch  # noqa: E402
 import yaml  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -441,16 +442,24 @@ def evaluate(
     Raises:
         `RecipeError`: model or data can't be read, a value is out of range, or the folder holds another evaluation.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or min(max_new_tokens, n, *buckets) < 1 or retries < 0:
-        raise RecipeError("needed: temperature >= 0, 0 < top_p <= 1, retries >= 0, and the other numbers at least 1.")
+    counts = {"limit": limit, "max_new_tokens": max_new_tokens, "n": n, "batch_size": batch_size}
+    counts |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "buckets": min(buckets, default=None)}
+    needs = (
+        *((key, value, value >= 1, "at least 1") for key, value in counts.items() if value is not None),
+        ("retries", retries, retries >= 0, "at least 0"),
+        ("temperature", temperature, 0 <= temperature < np.inf, "at least 0; 0 is greedy"),
+        ("top_p", top_p, 0 < top_p <= 1, "over 0, up to 1"),
+        ("seed", seed, 0 <= seed < 2**32, "0 to 2**32 - 1"),
+        ("max_dropped_share", max_dropped_share, 0 <= max_dropped_share <= 1, "0 to 1"),
+        ("dtype", dtype, dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype), "auto or bfloat16"),
+    )
+    preflight.check([f"`{key}`: {value}, needs {what}." for key, value, right, what in needs if not right])
     if backend not in BACKENDS:
         raise RecipeError(f"`backend`: {backend!r} is none of {', '.join(BACKENDS)}.")
     kind, args = BACKENDS[backend], {} if backend_args is None else backend_args
     if not isinstance(args, Mapping):
         raise RecipeError(f"`backend_args`: {args!r}, needs a mapping such as {{base_url: http://localhost:8000/v1}}.")
     batch_size = kind.default_batch_size if batch_size is None else batch_size
-    if batch_size < 1:
-        raise RecipeError(f"`batch_size`: {batch_size}, needs at least 1.")
     kind.check(model, args)
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     identity = {**kind.identity(batch_size, args), "dtype": dtype}
@@ -554,6 +563,14 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML: {said}. Write '{{key: value}}'.") from error
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vision_r1_recipes.evaluate",
@@ -572,7 +589,7 @@ def argument_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--buckets", type=int, nargs="+")
     parser.add_argument("--backend", choices=BACKENDS)
-    parser.add_argument("--backend_args", type=yaml.safe_load, help="as YAML: '{base_url: http://localhost:8000/v1}'")
+    parser.add_argument("--backend_args", type=_yaml, help="as YAML: '{base_url: http://localhost:8000/v1}'")
     return parser
 
 
@@ -594,7 +611,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model, data in pairs if len(pairs) > 1 else ():  # one is checked before it is asked anyway
         folder = evaluate(model, data, **options, check=True)
         if folder in folders:
-            raise RecipeError(f"{data} and {folders[folder]} would both be written to {folder}: evaluate them apart.")
+            raise RecipeError(
+                f"{data} and {folders[folder]} would both be written to {folder}: evaluate them apart, "
+                "each with its own `--output_dir`."
+            )
         folders[folder] = data
     loaded: dict[str, Backend] = {}
     for model, data in pairs:
@@ -603,4 +623,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with preflight.kind_errors():
-        main()
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("stopped; what was answered is kept. Run the same command again to go on.", file=sys.stderr)
+            sys.exit(130)

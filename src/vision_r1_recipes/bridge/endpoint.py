@@ -103,7 +103,7 @@ class EndpointConfig:
         ):
             if (value := getattr(self, name)) is not None and value <= 0:
                 found.append(f"`{where}.{name}`: {value}, needs to be over 0.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
             found.append(
                 f"`{where}`: temperature {self.temperature}, top_p {self.top_p}: at least 0; over 0, up to 1."
             )
