@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
@@ -288,7 +289,7 @@ def test_bad_input(world, tmp_path, capsys):
         *(("top_p", wrong, "over 0, up to 1") for wrong in (0, float("nan"))),
         *((key, 0, "at least 1") for key in ("n", "limit", "max_new_tokens", "batch_size", "max_pixels")),
         *(("min_pixels", -5, "at least 1"), ("retries", -1, "at least 0"), ("seed", -1, "0 to 2**32 - 1")),
-        *(("max_dropped_share", 1.5, "0 to 1"), ("dtype", "float33", "auto or bfloat16")),
+        *(("max_dropped_share", 1.5, "0 to 1"), ("dtype", "float33", "auto, bfloat16 ...")),
     ):
         with pytest.raises(RecipeError, match=re.escape(f"`{key}`: {value}, needs {needs}")):
             ev.evaluate(model, data, **{key: value})
@@ -456,6 +457,24 @@ def test_a_damaged_evaluation_is_named(world, evaluated, tmp_path, name, content
     ):
         with pytest.raises(RecipeError, match=rf"{name} is damaged: .*Delete {folder}, and evaluate again"):
             call()
+
+
+def test_the_commit_of_a_hub_id_is_a_setting(world, tmp_path, monkeypatch):
+    """From the Hub's cache, as a machine without network has it."""
+    monkeypatch.chdir(tmp_path)
+    cache = Path(HF_HUB_CACHE, "models--me--toy")
+    folder = tmp_path / "runs/eval/toy/rl"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(world / "model", cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs/main").write_text(commit)
+        call = ("me/toy", str(world / "rl"))
+        if commit == "b" * 40:
+            with pytest.raises(RecipeError, match=f"`commit` was {'a' * 40}, is {commit}"):
+                ev.evaluate(*call, limit=2, max_new_tokens=2)
+            continue
+        ev.evaluate(*call, limit=2, max_new_tokens=2)
+        assert json.loads((folder / "summary.json").read_text())["settings"]["commit"] == commit
 
 
 def test_several_models_and_sets_in_one_call(world, tmp_path, monkeypatch):

@@ -46,6 +46,8 @@ import yaml  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import ProcessorMixin, set_seed  # noqa: E402
+from transformers.utils import cached_file, find_adapter_config_file  # noqa: E402
+from transformers.utils.hub import extract_commit_hash  # noqa: E402
 
 from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
@@ -280,7 +282,8 @@ def _prepare(
 ) -> _Task:
     try:
         loaded = load_processor(processor or model, min_pixels, max_pixels)
-    except RecipeError as error:
+        commit = None if backend == "openai" or Path(model).is_dir() else commit_of(model)
+    except (RecipeError, OSError) as error:
         known = "a folder with a processor beside the weights, or a Hub id that this machine can reach"
         known += "; with a server, `--processor` names one" if backend == "openai" else ""
         raise RecipeError(f"can't read the model {processor or model}; it must be {known}. {error}") from error
@@ -295,6 +298,7 @@ def _prepare(
         **{
             "model": str(Path(model)),
             "weights": weights_of(model),
+            "commit": commit,
             "data": source,
             "questions": fingerprint(rows.with_format(None)),
         },
@@ -323,6 +327,11 @@ def weights_of(model: str) -> list[list[Any]]:
         base = json.loads(adapter.read_text()).get("base_model_name_or_path")
         files += sorted(Path(base).glob("*.safetensors")) if base else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def commit_of(model: str) -> str | None:
+    """The commit that a Hub id stands for now."""
+    return extract_commit_hash(find_adapter_config_file(model) or cached_file(model, "config.json"), None)
 
 
 def _collect(backend: Backend, rows: Dataset, n: int, retries: int, made: dict[Request, dict], keep: Keep) -> None:
@@ -451,7 +460,12 @@ def evaluate(
         ("top_p", top_p, 0 < top_p <= 1, "over 0, up to 1"),
         ("seed", seed, 0 <= seed < 2**32, "0 to 2**32 - 1"),
         ("max_dropped_share", max_dropped_share, 0 <= max_dropped_share <= 1, "0 to 1"),
-        ("dtype", dtype, dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype), "auto or bfloat16"),
+        (
+            "dtype",
+            dtype,
+            dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype),
+            "auto, bfloat16 ...",
+        ),
     )
     preflight.check([f"`{key}`: {value}, needs {what}." for key, value, right, what in needs if not right])
     if backend not in BACKENDS:
