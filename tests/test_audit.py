@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """The audit finds every planted fault and nothing else, in small files of the released and the benchmarks' layouts."""
 
 import io
@@ -427,11 +428,60 @@ def test_another_set_needs_a_question_and_a_picture(world, tmp_path):
 
 
 def test_near_texts():
-    near, contained = audit._near_texts, audit._contained
-    assert near("what is the length of side ab in the figure", "what is the length of side ab in this figure")
-    assert not near("what is the length of side ab when x is 3", "what is the length of side ab when x is 5")
-    assert contained("find x.", "question: find x\nchoices: 1, 2") and contained("", "anything")
-    assert not contained("how high are the red bars", "how many red bars are there in the upper row")
+    near = audit._near_texts
+    assert near("what is the length of side AB in the figure", "what is the length of side AB in this figure")
+    assert not near("what is the length of side AB when it is 3", "what is the length of side AB when it is 5")
+    assert not near("what is the length of side AB in the figure", "what is the length of side BC in the figure")
+    assert not near("what is the value of x in the figure", "what is the value of y in the figure")
+
+
+HINT = "Hint: Please answer the question and provide the correct option letter at the end.\nQuestion: "
+REDS = "How many red bars are there?"
+LEAKS = [  # two forms of one question
+    ("Find x.", f"{HINT}Find x.\nChoices:\n(A) 1\n(B) 2"),
+    ("Find x", "<image>Find x\nAnswer with the option's letter."),
+    ("Find x", "Find x (A) 1 (B) 2 (C) 3"),
+    ("Find x", "You are an expert. **Question:** Find x Choices: A:145° B:125°"),
+    ("AB = 1. Find x", "<question>AB = 1. Find x.</question> Think first."),
+    ("Find $x$", "Q: Find x."),
+    (r"Find \( \frac{1}{2} \) of $\angle ABC$.", "Find $\\frac12$ of ∠ABC."),
+    (r"$AB\,=\,1$. Find $x\quad$.", "AB = 1. Find x."),
+    ("Which is right?\nA. red\nB. blue\nC. 1.5", f"{HINT}Which is right?\n(A) 1.5 (B) blue (C) red\nThink."),
+    ("求阴影部分的面积。", "问题：求阴影部分的面积？\n选项：A. 1 B. 2"),
+    (REDS, f"3. {REDS} Answer:"),
+]
+OTHERS = [  # two questions
+    ("AB = 1", "AB = 12"),
+    ("AB = 1", "AB = 1.5"),
+    ("AB = 1", "AB = 1,000"),
+    *(("Find x", f"Find x{more}") for more in (" + y", "+y", r" \times 2", "^2", "_1", "'", "%", ", y and z", "y")),
+    ("Find x", "Find $x$ + 1"),
+    ("Find x", "Find -x"),
+    ("Find AB", "Find AB : BC"),
+    ("Find AB", "Find AB: BC"),
+    ("Find 5", "Find 5!"),
+    ("Find the area of the triangle", "Find the area of the triangle whose height is 3"),
+    ("How high are the red bars?", REDS),
+    ("求面积", "求面积比"),
+    ("", REDS),
+    ("?", REDS),
+    ("Why?", f"{REDS} Why?"),
+    ("Which is right?\nA. red\nB. blue", "Which is right?\nA. red\nB. yellow"),
+]
+
+
+@pytest.mark.parametrize("ours_is_longer", [False, True])
+def test_a_leak_is_the_whole_question_whatever_stands_around_it(world, tmp_path, ours_is_longer):
+    pairs = [pair[::-1] if ours_is_longer else pair for pair in LEAKS + OTHERS]
+    ours = [row(k, problem=f"<image>{a.removeprefix('<image>')}") for k, (a, _) in enumerate(pairs)]
+    pd.DataFrame(ours).to_parquet(tmp_path / "train.parquet")
+    theirs = [{"question": b, "image": again(k)} for k, (_, b) in enumerate(pairs)]
+    pd.DataFrame(theirs).to_parquet(tmp_path / "benchmark.parquet")
+    values = {**recipe.load(world / "grpo.yaml"), "datasets": [{"path": str(tmp_path / "train.parquet")}]}
+    _, findings, _, _ = audit.audit({**values, "eval_datasets": None}, against=[str(tmp_path / "benchmark.parquet")])
+    found = {name: {pairs[int(key.split()[1])] for key in ids} for name, ids in flagged(findings).items()}
+    assert found["leaked"] == set(pairs[: len(LEAKS)])
+    assert found["shared picture"] == set(pairs[len(LEAKS) :])
 
 
 def test_a_download_is_checked(world, tmp_path):

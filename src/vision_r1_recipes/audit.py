@@ -13,8 +13,8 @@ of which a row may have several:
 - `exact duplicate` of a row before it: same pixels, same text (letter case and blanks aside);
 - `conflicting answers`: the same question with the same pixels has another answer elsewhere in the set;
 - `near duplicate` of a row before it: near pictures, near text, the same numbers in it and the same answer;
-- `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and one text within
-  the other or near texts with the same numbers and, in `eval_datasets`, the same answer;
+- `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and all sentences of
+  one question in the other, or near texts with the same numbers and, in `eval_datasets`, the same answer;
 - allowed unless `--allow` says otherwise: `shared picture` (only the picture is near another row's), `suspicious
   answer` (see `rewards check`; in a cold start, one that can't be graded), `no <think> and <answer>` (where most rows
   of a cold start have them), and rows without a picture in another set.
@@ -22,7 +22,9 @@ of which a row may have several:
 Rows that the training drops or leaves out are held against nothing. Pictures are near when their perceptual hashes
 agree in one of four parts and in all but 8 of 64 bits, and small copies of them (32 x 32 grey, 8 x 8 in colour) differ
 nowhere by more than 12 of 255: another compression or size, or a small label changed, but no crop and no rotation.
-Texts are near when 70 % of their 5-grams of characters are common.
+Texts are near when 70 % of their 5-grams of characters are common and they name the same numbers, points and unknowns.
+Of a question within another, how its mathematics is written and what stands around it (a template, a hint, options
+that the other lacks or has in another order) make no difference; one without words is within none.
 
 `--against` takes any layout of ours and the files of MathVista, MathVerse, DynaMath and MM-Math; of a folder that has
 both, the parquet files and not the JSON. Writes `audit.md`, `audit.html`, `audit.json` and `findings.parquet` (every
@@ -38,7 +40,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import combinations, islice, product
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ from . import data, golds
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .data import Drop
 from .grading import POOL, agree, check_gold
+from .grading.spelling import clean
 from .plan import start_model
 from .recipe import RecipeError, check_keys, refuse_other_kind, script
 from .report import html, table
@@ -350,7 +353,9 @@ def _on_answers(
 
 def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
     """Duplicates, conflicts and leaks, and how many pairs were not compared."""
-    texts = [" ".join(text.replace(data.MARKER, " ").casefold().split()) for text in rows["question"]]
+    plain = [" ".join(text.replace(data.MARKER, " ").split()) for text in rows["question"]]
+    texts = [text.casefold() for text in plain]
+    asked = cache(lambda i: _asked(rows["question"].iat[i]))
     of = {key: list(rows[key]) for key in ("set", "source", "id", "answer", "pixels")}
     found: list[dict[str, str]] = []
 
@@ -394,7 +399,7 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
             if sets[0] == sets[1] != AGAINST:
                 if j in near:
                     continue
-                if _near_texts(texts[i], texts[j]) and agree(of["answer"][i], of["answer"][j]):
+                if _near_texts(plain[i], plain[j]) and agree(of["answer"][i], of["answer"][j]):
                     near.add(j)
                     note(j, NEAR, f"of {name(i)}")
                 else:
@@ -403,8 +408,8 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
                 ours, theirs = (i, j) if sets[0] == TRAIN else (j, i)
                 if ours in leaked:
                     continue
-                is_so = _contained(texts[ours], texts[theirs])
-                if not is_so and _near_texts(texts[ours], texts[theirs]):  # of other sets the answers are not known
+                is_so = _contained(asked(ours), asked(theirs))
+                if not is_so and _near_texts(plain[ours], plain[theirs]):  # of other sets the answers are not known
                     is_so = AGAINST in sets or agree(of["answer"][ours], of["answer"][theirs])
                 (leaked if is_so else shared).setdefault(ours, theirs)
     for i, first in first_of.items():
@@ -455,25 +460,62 @@ def _near_pictures(rows: pd.DataFrame) -> tuple[Iterator[tuple[list[int], list[i
 
 @lru_cache(maxsize=10_000)
 def _grams(text: str) -> frozenset[str]:
+    text = text.casefold()
     return frozenset(text[k : k + GRAM] for k in range(max(1, len(text) - GRAM + 1)))
 
 
 @lru_cache(maxsize=10_000)
-def _numbers(text: str) -> list[str]:
-    return sorted(re.findall(r"\d+(?:\.\d+)?", text))
+def _named(text: str) -> tuple[list[str], set[str]]:
+    """The numbers in a text, and its names of points and unknowns: `AB` and `BC` are two questions of one figure."""
+    return sorted(re.findall(r"\d+(?:\.\d+)?", text)), set(_NAMES.findall(text))
 
 
 def _near_texts(a: str, b: str) -> bool:
-    if _numbers(a) != _numbers(b):
+    if _named(a) != _named(b):
         return False
     a, b = _grams(a), _grams(b)
     return len(a & b) >= COMMON * len(a | b)
 
 
-def _contained(a: str, b: str) -> bool:
-    """Whether one text is within the other, which may have options and instructions around it."""
-    a, b = a.strip(" .?:"), b.strip(" .?:")
-    return a in b or b in a
+_NAMES = re.compile(r"(?<![\w'\u2019\\])(?!(?:[AI]|[A-Z][).:])(?!\w))(?:[A-Z]{1,4}|[b-z])(?![^\W_])")
+# Where a sentence ends: not at the point of 1.5, the colon of AB : BC or the sign of 5!
+_ENDS = re.compile(
+    r"\n|</?[A-Za-z_]{3,}>|[?;\u3002\uff1f\uff1b]|\.(?!\d)|(?<=[A-Za-z]{2})[!\uff01](?!=)"
+    r"|(?:(?<=[a-z]{2})|(?<=\bQ)|(?<=[\u4e00-\u9fff]))(?::\**\s|\uff1a)"
+)
+_LETTERED = re.compile(r"(?<![\w\\])[(\[\uff08]?([A-J])(?:[)\]\uff09][.:]?|[.:\u3001\uff0e\uff1a])(?!\d*\w*\()\s*")
+_CHOICES = re.compile(r"\W*\b(?:choices|options)\W*$|\W*\u9009\u9879\W*$", re.I)
+_TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|[\u4e00-\u9fff]|(?:(?![\u4e00-\u9fff])[^\W\d_])+|[^\w\s$]|_")
+
+
+def _asked(question: str) -> tuple[str, frozenset[str]]:
+    """The sentences of a question, one per line, in one spelling; and its options without their letters."""
+    found = list(_LETTERED.finditer(question))
+    letters = "".join(match[1] for match in found)
+    start, options = letters.rfind("AB"), []
+    if start >= 0:
+        chosen = [match for match, letter in zip(found[start:], "ABCDEFGHIJ", strict=False) if match[1] == letter]
+        for match, following in zip(chosen, [*chosen[1:], None], strict=True):
+            if following:
+                options.append(question[match.end() : following.start()])
+        last, *after = _ENDS.split(question[chosen[-1].end() :], maxsplit=1)
+        options.append(last)
+        question = "\n".join([_CHOICES.sub("", question[: chosen[0].start()]), *after])
+    sentences = filter(None, map(_spelled, _ENDS.split(question)))
+    return "\n".join(sentences), frozenset(filter(None, map(_spelled, options)))
+
+
+def _spelled(sentence: str) -> str:
+    return " ".join(_TOKEN.findall(clean(sentence).casefold())).strip(" ,.;:")
+
+
+def _contained(a: tuple[str, frozenset[str]], b: tuple[str, frozenset[str]]) -> bool:
+    """Whether one question (see [`_asked`]) is within the other: whole sentences, and no other options."""
+    (a, of_a), (b, of_b) = sorted((a, b), key=lambda asked: len(asked[0]))
+    if of_a and of_b and of_a != of_b:
+        return False
+    # One word alone, `Area?`, may be in anything.
+    return bool(a) and (a == b or (" " in a and f"\n{a}\n" in f"\n{b}\n"))
 
 
 # The report
