@@ -296,7 +296,13 @@ def test_an_intruder_makes_it_wrong(gold):
 
 
 @pytest.mark.parametrize(
-    "gold", ["", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", "x =", "x <", "1/0", None, 7]
+    "gold",
+    [
+        *("", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", "x =", "x <", "1/0", None, 7),
+        *(r"\text{}", r"$\mathrm{ }$", "![](a.png)", "![the graph](images/3.jpg)", r"\includegraphics{a.png}"),
+        *("see the figure", "See figure.", "as shown in the figure", "Omitted", "略", "（略）", "答案略。", "见解析"),
+        *(r"\begin{cases} x=1", r"x=1 \end{cases}"),
+    ],
 )
 def test_a_gold_that_cannot_be_graded(gold):
     assert check_gold(gold)
@@ -309,7 +315,19 @@ def test_a_gold_that_cannot_be_graded(gold):
 @pytest.mark.parametrize(
     "gold",
     [entry["gold"] for entry in GOLDEN]
-    + [TOWER, "7" * 20_000, "O'Brien", "10:15", "5' 6\"", r"\begin{cases} a+b=1 \\ a-b=2 \end{cases}"],
+    + [
+        TOWER,
+        "7" * 20_000,
+        "O'Brien",
+        "10:15",
+        r"\text{cm}",
+        "the figure on the left",
+        "图1",
+        "省略号",
+        "none",
+        "5' 6\"",
+        r"\begin{cases} a+b=1 \\ a-b=2 \end{cases}",
+    ],
 )
 def test_a_gold_that_can_be_graded(gold):
     assert check_gold(gold) is None
@@ -338,12 +356,12 @@ def test_the_golds_of_a_dataset(tmp_path, capsys):
         r"2  number                   '7'",
         r"1  expression               '2 \\sqrt { 3 }'",
         "1  option letter            'B'",
-        "can't be graded: 2",
+        "can't be graded: 3",
         r"1  unbalanced braces, for example row 8 '\\frac{1}{'",
         "1  empty, for example row 9 None",
         "1  several option letters: all of them are asked for, for example row 4 'A, C'",
         "1  a comma that may be decimal, for example row 7 '0,5'",
-        "1  no answer, for example row 6 'see figure'",
+        "1  the answer is elsewhere, for example row 6 'see figure'",
     ):
         assert line in said, said
     file.write_text('{"answer": "7"}\n')

@@ -48,7 +48,7 @@ def doubts(gold: str) -> list[str]:
         "has digits, but only equal text is right": kind == "text" and re.search(r"\d", text),
         "a sentence: every word of it is asked for": kind == "text" and len(text.split()) > 6,
         "holds markup of an answer": re.search(r"</?(?:think|answer)>|\\boxed|\banswer\s*:", gold, re.I),
-        "no answer": text.casefold() in ("none", "n/a", "na", "nan", "null", "unknown", "see image", "see figure"),
+        "no answer": text.casefold() in ("none", "n/a", "na", "nan", "null", "unknown"),
         "approximate": re.search(r"\u2248|\\approx|\b(?:about|approximately|roughly)\b", gold),
         "a comma that may be decimal": re.fullmatch(r"-?\d+,(?!\d{3}$)\d+", text),
         "is not right inside \\boxed{}": not grade(gold, rf"\boxed{{{gold}}}"),

@@ -25,6 +25,17 @@ _ION = re.compile(r"[A-Z][a-z]?[\d_^{}]*[+-]\}?$")
 _OPEN_END = re.compile(r"\S ?(?:[-+*/^=<>]|\\(?:times|div|cdot|le|ge|ne|pm)) ?$")
 _SIGN = re.compile(r"[-+*/<>=]|\\(?:times|div|le|ge|ne) ?")
 _DATE = re.compile(r"\d+ ?(?:[-/] ?\d+ ?[-/] ?|- ?)\d+")
+# What is nothing to compare with: a picture, a font without a text, and words for `the answer is elsewhere`.
+_NOTHING = re.compile(
+    r"!\[[^\]]*\]\([^)]*\)|\\includegraphics\S*|\\(?:text|math|[mh]box|operatorname|boldsymbol|underline)[a-z]*"
+)
+_ELSEWHERE = re.compile(
+    r"as shown|(?:please )?(?:see|refer to|(?:as )?shown in)(?: the)?(?: attached)?"
+    r"(?: (?:image|figure|diagram|picture|graph|solution|explanation|above|below))+(?: \d+)?"
+    r"|(?:the )?(?:answers?|proof|solution)?(?: is)? ?omitted"
+    r"|(?:答案|解答|证明|过程|图)?略|(?:如|见|参见|详见)[上下左右]?(?:图|解析|答案|解答)\d*(?:所示)?",
+    re.I,
+)
 # What a model says around a value, where nothing else in it can be meant.
 _NO_DOUBT = r"(?!.*\b(?:not|no|never|neither|nor|cannot|false|wrong|incorrect|without|except|if|or|maybe)\b)(?!.*n't)"
 _SENTENCE = re.compile(  # `The area is `, `面积是`
@@ -81,10 +92,14 @@ def _broken(gold: str) -> str | None:
     if not isinstance(gold, str):
         return "not a string"
     text = clean(strip_prefix(gold)) if len(gold) <= MAX_TEXT else gold
-    if not re.search(r"[^\W_]|\\[A-Za-z]|^[-+*/<>=]$", text):
+    if not re.search(r"[^\W_]|\\[A-Za-z]|^[-+*/<>=]$", _NOTHING.sub("", text)):
         return "empty"
+    if _ELSEWHERE.fullmatch(text):
+        return "the answer is elsewhere"
     if text.count("{") != text.count("}"):
         return "unbalanced braces"
+    if text.count(r"\begin") != text.count(r"\end"):
+        return r"unbalanced \begin and \end"
     if _OPEN_END.search(text) and not _ION.search(text):
         return "nothing behind its last sign"
     return None
