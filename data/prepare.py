@@ -6,15 +6,15 @@ python data/prepare.py data/Vision-R1-cold data/Vision-R1-rl
 ```
 
 Looks at files, row counts and whether the pictures are there, and says what to do; exit code 1 when something is
-missing, 2 when a folder or file can't be read. What is in the rows is the audit's:
+missing or damaged, 2 when a folder is none of these. What is in the rows is the audit's:
 `python -m vision_r1_recipes.data audit RECIPE`.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vision_r1_recipes import preflight
 from vision_r1_recipes.data import pictures, read_source
 from vision_r1_recipes.recipe import RecipeError
 
@@ -47,17 +47,21 @@ def _cold(folder: Path, name: str, expected: int) -> Iterator[tuple[str, str]]:
     if not (folder / name).is_file():
         yield f"{name} is missing", again
         return
-    rows, _, _ = read_source({"path": str(folder), "data_files": name}, "sft", name)
+    try:
+        rows, _, _ = read_source({"path": str(folder), "data_files": name}, "sft", name)
+    except RecipeError as error:
+        yield str(error), f"remove it and {again}"
+        return
     wrong = len(rows) != expected
     yield f"{name}: {len(rows):,} rows, {expected:,} expected", f"{again}; or it is another release" if wrong else ""
     column = "images" if "images" in rows.column_names else "image"
     paths = {image["path"] for value in rows[column] for image in pictures(value)}
-    absent = sorted(path for path in paths if not (folder / path).is_file())
+    absent = sorted(path for path in paths if not (folder / path).is_file() or not (folder / path).stat().st_size)
     fix = ""
     if absent:
         start = absent[0].partition("/")[0]
         fix = f"for example {absent[0]}; put the pictures of {PICTURES.get(start, 'its source')} into {folder / start}"
-    yield f"{name}: {len(absent):,} of {len(paths):,} pictures are missing", fix
+    yield f"{name}: {len(absent):,} of {len(paths):,} pictures are missing or empty", fix
 
 
 def _rl(folder: Path, split: str, least: int, most: int) -> Iterator[tuple[str, str]]:
@@ -66,20 +70,33 @@ def _rl(folder: Path, split: str, least: int, most: int) -> Iterator[tuple[str, 
     if not files:
         yield f"{split}: no parquet file", again
         return
-    rows, _, _ = read_source({"path": str(folder), "data_files": files}, "rl", split)
+    try:
+        rows, _, _ = read_source({"path": str(folder), "data_files": files}, "rl", split)
+    except RecipeError as error:
+        yield str(error), f"remove it and {again}"
+        return
     expected = "about 10,000 expected" if split == "train" else "the validation split"
     wrong = not least <= len(rows) <= most
     yield f"{split}: {len(rows):,} rows, {expected}", f"{again}; or it is another release" if wrong else ""
     images = rows.select_columns("images")
-    bare = [i for i, row in enumerate(images) if not all(image["bytes"] for image in pictures(row["images"]))]
+    found = ([image["bytes"] for image in pictures(row["images"])] for row in images)
+    bare = [i for i, embedded in enumerate(found) if not embedded or not all(embedded)]
     fix = f"for example row {bare[0]}; {again}" if bare else ""
     yield f"{split}: {len(bare):,} of {len(rows):,} rows lack a picture", fix
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    with preflight.kind_errors():
-        results = [check(Path(name)) for name in sys.argv[1:]]
-    print("\n".join(text for text, _ in results))
-    sys.exit(any(problems for _, problems in results))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", nargs="+", type=Path, help="of Vision-R1-cold, with the pictures, or of Vision-R1-rl"
+    )
+    codes = []
+    for folder in parser.parse_args().folder:
+        try:
+            text, problems = check(folder)
+            print(text)
+            codes.append(int(problems > 0))
+        except RecipeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            codes.append(2)
+    sys.exit(max(codes))

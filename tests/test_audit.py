@@ -489,12 +489,12 @@ def test_a_download_is_checked(world, tmp_path):
     prepare, expected = module["check"], module["COLD"]
     said, problems = prepare(world / "rl")
     assert "PROBLEM train: 31 rows, about 10,000 expected: run `hf download Osilly/Vision-R1-rl" in said
-    assert "ok      test: 9 rows" in said and "train: 0 of 31 rows lack a picture" in said and problems == 1
+    assert "ok      test: 9 rows" in said and "train: 1 of 31 rows lack a picture" in said and problems == 2
     (tmp_path / "bare").mkdir()
-    bare = [row(1), row(2, images=[{"bytes": None, "path": "2.png"}])]
+    bare = [row(1), row(2, images=[{"bytes": None, "path": "2.png"}]), row(3, images=[])]
     pd.DataFrame(bare).to_parquet(tmp_path / "bare/train.parquet")
     said, problems = prepare(tmp_path / "bare")
-    assert "1 of 2 rows lack a picture: for example row 1" in said and "test: no parquet file" in said
+    assert "2 of 3 rows lack a picture: for example row 1" in said and "test: no parquet file" in said
     assert problems == 3
 
     folder = tmp_path / "Vision-R1-cold"
@@ -504,12 +504,14 @@ def test_a_download_is_checked(world, tmp_path):
     (folder / "vision_r1_llava_cot_full.json").write_text(json.dumps(rows))
     said, problems = prepare(folder)
     assert "vision_r1_mulberry_sft_full.json is missing: run `hf download" in said
-    assert "2 rows, 63,019 expected" in said and "1 of 2 pictures are missing: for example llava" in said
+    assert "2 rows, 63,019 expected" in said and "1 of 2 pictures are missing or empty: for example llava" in said
     assert "put the pictures of Xkev/LLaVA-CoT-100k into" in said and problems == 3
 
     turns = [{"from": "user", "value": "<image>?"}, {"from": "assistant", "value": "1"}]
     rows = [{"images": ["llava_cot_images/1.png"], "conversations": turns}]
     (folder / "vision_r1_mulberry_sft_full.json").write_text(json.dumps(rows))
+    (folder / "llava_cot_images/2.png").touch()
+    assert "1 of 2 pictures are missing or empty: for example llava_cot_images/2.png" in prepare(folder)[0]
     picture(2).save(folder / "llava_cot_images/2.png")
     expected |= {"vision_r1_llava_cot_full.json": 2, "vision_r1_mulberry_sft_full.json": 1}
     said, problems = prepare(folder)
@@ -518,3 +520,55 @@ def test_a_download_is_checked(world, tmp_path):
         prepare(tmp_path / "Vision-R1-cold/llava_cot_images")
     with pytest.raises(RecipeError, match="there is no folder"):
         prepare(tmp_path / "none")
+
+
+def test_a_damaged_download_is_told_and_the_rest_is_looked_at(world, tmp_path):
+    for name in ("Vision-R1-rl", "Vision-R1-cold"):
+        (tmp_path / name).mkdir()
+    whole = (world / "rl/train.parquet").read_bytes()
+    (tmp_path / "Vision-R1-rl/train.parquet").write_bytes(
+        b"PAR1" + b"?" * (len(whole) // 2) + whole[-len(whole) // 2 :]
+    )
+    (tmp_path / "Vision-R1-rl/test.parquet").write_bytes((world / "rl/test.parquet").read_bytes())
+    cut = json.dumps([cold(1)] * 20)[:-300]
+    (tmp_path / "Vision-R1-cold/vision_r1_llava_cot_full.json").write_text(cut)
+    folders = [str(tmp_path / name) for name in ("Vision-R1-cold", "none", "Vision-R1-rl")]
+    command = [sys.executable, str(ROOT / "data/prepare.py")]
+    run = subprocess.run([*command, *folders], capture_output=True, text=True)
+    assert run.returncode == 2 and "Traceback" not in run.stderr and "there is no folder" in run.stderr
+    for said in (
+        "PROBLEM vision_r1_llava_cot_full.json: can't read",
+        "PROBLEM vision_r1_mulberry_sft_full.json is missing",
+        "PROBLEM train: can't read",
+        "remove it and run `hf download Osilly/Vision-R1-cold",
+        "remove it and run `hf download Osilly/Vision-R1-rl",
+        "ok      test: 9 rows",
+    ):
+        assert said in run.stdout, run.stdout
+    assert "DatasetGenerationError" not in run.stdout
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "exit code 1 when something" in helped.stdout
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--num_proc", "0"], "`--num_proc`: 0, needs at least 1"),
+        (["--shortest_reasoning", "-5"], "`--shortest_reasoning`: -5, needs at least 0"),
+        (["--allow", "leaked=5"], "`--allow leaked`: 5.0 is a share: from 0 to 1"),
+        (["--allow", "leaked=nan"], "from 0 to 1"),
+        (["--max_dropped_share", "7"], "`max_dropped_share`: 7 is a share: from 0 to 1"),
+        (["--max_prompt_length", "long"], "`max_prompt_length`: 'long' is not a value of type"),
+        (["--min_pixels", "[1, 2]"], r"`min_pixels`: \[1, 2\] is not a value of type"),
+    ],
+)
+def test_a_wrong_option_is_told(world, tmp_path, more, said):
+    with pytest.raises(RecipeError, match=said):
+        data.main(["audit", str(world / "grpo.yaml"), "--output_dir", str(tmp_path), *more])
+
+
+def test_the_report_s_folder_must_be_one(world, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(RecipeError, match=r"`--output_dir`: .*name a folder"):
+            data.main(["audit", str(world / "grpo.yaml"), "--output_dir", str(tmp_path / place)])

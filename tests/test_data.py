@@ -477,3 +477,37 @@ def test_a_folder_with_a_card_is_read_as_it_is_now(tmp_path):
     assert answers(tmp_path / "a" / "dataset", "1", "2") == ["1", "2"]
     assert answers(tmp_path / "b" / "dataset", "3") == ["3"]
     assert answers(tmp_path / "a" / "dataset", "4", "5") == ["4", "5"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_a_file_damaged_inside_is_named_with_the_cause(tmp_path, kind):
+    """`datasets` says of it that an error occurred."""
+    rows = [{"problem": f"{i}", "answer": "1" * 99} for i in range(100)]
+    for i in range(3):
+        getattr(Dataset.from_list(rows), f"to_{kind}")(tmp_path / f"train-{i}.{kind}")
+    bad = tmp_path / f"train-1.{kind}"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:4] + b"?" * 500 + whole[504:])
+    for source in (
+        {"path": str(tmp_path)},
+        {"path": str(tmp_path), "data_files": [f"train-{i}.{kind}" for i in range(3)]},
+        {"path": str(bad)},
+    ):
+        with pytest.raises(
+            RecipeError, match=f"datasets.0.: can't read .*train-1.{kind}.*: (OSError|Arrow|Value)"
+        ) as told:
+            data.open_source(source, "datasets[0]")
+        assert "DatasetGenerationError" not in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_broken_picture_is_named_by_its_place(tmp_path):
+    (tmp_path / "empty.png").touch()
+    for image in (
+        {"bytes": None, "path": "empty.png"},
+        {"bytes": b"", "path": "empty.png"},
+        {"bytes": b"?", "path": None},
+    ):
+        with pytest.raises(data.Drop) as drop:
+            data.open_image(image, str(tmp_path))
+        assert drop.value.reason == "broken image" and "BytesIO" not in drop.value.detail
+        assert (image["path"] or "embedded") in drop.value.detail

@@ -39,7 +39,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import cache, lru_cache, partial
 from itertools import combinations, islice, product
 from pathlib import Path
@@ -53,15 +52,13 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from qwen_vl_utils.vision_process import to_rgb
 from transformers import ProcessorMixin
-from trl import ModelConfig
 
 from . import data, golds
-from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .data import Drop
 from .grading import POOL, agree, check_gold
 from .grading.spelling import clean
 from .plan import start_model
-from .recipe import RecipeError, check_keys, refuse_other_kind, script
+from .recipe import RecipeError, script
 from .report import html, table
 from .rewards import parse_format
 
@@ -117,6 +114,8 @@ def audit(
         `RecipeError`: an unknown key, or a processor or a source that can't be read.
     """
     kind = _kind(values)
+    data.check_least("--shortest_reasoning", shortest_reasoning, 0)
+    data.check_least("--num_proc", num_proc, 1)
     limit = values.get("max_prompt_length" if kind == "rl" else "max_length")
     loaded = data.load_processor(
         processor or values.get("model_name_or_path") or "(not set)",
@@ -152,10 +151,7 @@ def audit(
 
 def _kind(values: Mapping[str, Any]) -> str:
     kind = "rl" if script(values) == "grpo.py" else "sft"
-    configs = (DataArguments, ModelConfig, VisionGRPOConfig if kind == "rl" else VisionSFTConfig)
-    valid = {spec.name for config in configs for spec in fields(config)}
-    refuse_other_kind(dict(values), valid)
-    check_keys(dict(values), valid)
+    data.check_recipe(values, kind)
     return kind
 
 
@@ -575,12 +571,16 @@ def report(
             allowed[finding] = float(share)
         except ValueError:
             raise RecipeError(f"`--allow`: {entry!r}, write FINDING=SHARE, for example '{NEAR}=0.02'.") from None
+        data.check_share(f"--allow {finding}", allowed[finding])
     verdicts(pd.DataFrame(columns=["set", "finding", "id"]), {}, 0.0, allowed)  # are they findings?
     # Before the cold start there is no model of its own: the one that it begins from has the same processor.
     processor = processor or start_model(recipe, values.get("model_name_or_path"))
-    rows, findings, totals, not_compared = audit(values, against, processor, **options)
     folder = Path(output_dir or Path("runs/audit", Path(recipe).stem))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"`--output_dir`: {folder}: {error.strerror}; name a folder.") from error
+    rows, findings, totals, not_compared = audit(values, against, processor, **options)
     made = verdicts(findings, totals, values.get("max_dropped_share", 0.05), allowed)
     findings.to_parquet(folder / "findings.parquet")
     content = {"rows": _per_set(totals), "findings": made, "pairs_not_compared": not_compared}

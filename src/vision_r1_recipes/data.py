@@ -22,24 +22,25 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 from qwen_vl_utils import fetch_image, smart_resize
 from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig
 
 from . import grading
-from .configs import DataArguments
+from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .grading import check_gold
-from .recipe import RecipeError, check_keys, load, merge, parse_overrides
+from .recipe import RecipeError, check_keys, fill, load, merge, parse_overrides, refuse_other_kind
 
 
 MARKER = "<image>"
@@ -121,6 +122,28 @@ def image_bounds(processor: ProcessorMixin) -> dict[str, int]:
     }
 
 
+def check_recipe(values: Mapping[str, Any], kind: Literal["rl", "sft"]) -> None:
+    """Raise [`RecipeError`] when a recipe is of another kind, has an unknown key or a value of a wrong type."""
+    configs = (DataArguments, ModelConfig, VisionGRPOConfig if kind == "rl" else VisionSFTConfig)
+    hints = {name: hint for config in configs for name, hint in get_type_hints(config).items()}
+    valid = {spec.name for config in configs for spec in fields(config)}
+    refuse_other_kind(dict(values), valid)
+    check_keys(dict(values), valid)
+    fill(make_dataclass("Recipe", [(key, hints[key]) for key in values]), dict(values))
+    check_share("max_dropped_share", values.get("max_dropped_share", 0))
+    check_least("num_proc", values.get("num_proc"), 1)
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise RecipeError(f"`{name}`: {value} is a share: from 0 to 1.")
+
+
+def check_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise RecipeError(f"`{name}`: {value}, needs at least {least}.")
+
+
 def prepare(
     data_args: DataArguments, model_args: ModelConfig, kind: Literal["rl", "sft"], max_length: int | None
 ) -> tuple[ProcessorMixin, Dataset, Dataset | None, DataReport]:
@@ -179,6 +202,7 @@ def load_rows(
     Raises:
         `RecipeError`: a source that can't be read or has other columns, no rows left, or too many dropped.
     """
+    check_share("max_dropped_share", max_dropped_share)
     parts = check_rows(sources, kind, processor, system_prompt, max_length, num_proc, name)
     rows = concatenate_datasets(parts)
     reasons, details = rows["dropped"][:], rows["detail"][:]
@@ -371,12 +395,33 @@ def open_source(source: Mapping[str, Any], where: str) -> Dataset:
     except Exception as error:
         kinds = "a folder, a .parquet, .json or .jsonl file, or a Hub id that this machine can reach"
         hint = "" if path.exists() else f" There is no such path here; `path` must be {kinds}."
-        raise RecipeError(
-            f"{where}: can't read {dict(source)}: {type(error).__name__}: {str(error).rstrip('.')}.{hint}"
-        ) from error
+        found = [path / name for name in files] if path.is_dir() and files else sorted(path.rglob("*"))
+        bad = next(filter(None, map(_damage, found)), None) or _cause(error)
+        raise RecipeError(f"{where}: can't read {dict(source)}: {bad}.{hint}") from error
     if source.get("limit") is not None:
         rows = rows.select(range(min(source["limit"], len(rows))))
     return rows
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with one of several files: `datasets` says that something is, in one of them."""
+    if file.suffix not in BUILDERS or not file.is_file():
+        return None
+    try:
+        rows = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", streaming=True)
+        for _ in rows.with_format("arrow").iter(1000):
+            pass
+    except Exception as error:
+        return f"{file}: {_cause(error)}"
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """Kind and message of the first error of those that made `error`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = " ".join(str(error).split()).rstrip(".") or "the file is empty or cut off"
+    return f"{type(error).__name__}: {said}"
 
 
 def _content(folder: Path) -> str:
@@ -553,6 +598,8 @@ def open_image(image: Mapping[str, Any], folder: str) -> tuple[str | None, tuple
         with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else path) as picture:
             picture.load()
             return path, picture.size
+    except UnidentifiedImageError as error:  # its message names an object in memory
+        raise Drop("broken image", f"{path or 'embedded'}: in no format of pictures, or empty") from error
     except Exception as error:
         raise Drop("broken image", f"{path or 'embedded'}: {error}") from error
 
@@ -618,34 +665,48 @@ def _decode(batch: dict[str, list], bounds: Mapping[str, int]) -> dict[str, list
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
+    from . import evaluate
+
     parser = argparse.ArgumentParser(prog="python -m vision_r1_recipes.data")
     commands = parser.add_subparsers(dest="command", required=True)
-    audit = commands.add_parser("audit", help="what is wrong with a recipe's data; exit code 1 for too much of it")
+    audit = commands.add_parser(
+        "audit",
+        allow_abbrev=False,
+        help="what is wrong with a recipe's data; exit code 1 for too much of it",
+        description="What is wrong with a recipe's data. Other options, --key value, are the recipe's.",
+    )
     audit.add_argument("recipe")
     audit.add_argument("--against", nargs="+", default=(), metavar="PATH[:SPLIT]", help="sets that must not be in it")
     audit.add_argument("--processor", help="folder or Hub id; defaults to the recipe's model")
     audit.add_argument("--shortest_reasoning", type=int, help="tokens that a completion must have at least to think")
-    audit.add_argument("--allow", nargs="+", default=(), metavar="FINDING=SHARE", help="of a set's rows")
+    audit.add_argument("--allow", nargs="+", default=(), metavar="FINDING=SHARE", help="of a set's rows, from 0 to 1")
     audit.add_argument("--num_proc", type=int, help="processes that look at the pictures")
     audit.add_argument("--output_dir", help="defaults to runs/audit/RECIPE")
     difficulty = commands.add_parser(
-        "difficulty", help="how often a model is right on every RL prompt; takes the options of evaluate, too"
+        "difficulty",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        help="how often a model is right on every RL prompt; takes the options of evaluate, too",
+        description="How often a model is right on every prompt of an RL recipe. What has no --help text here is "
+        "explained by python -m vision_r1_recipes.evaluate --help; other options, --key value, are the recipe's.",
     )
     difficulty.add_argument("recipe")
-    difficulty.add_argument("model")
+    difficulty.add_argument("model", help="folder or Hub id; with a server, the name that it knows")
+    for action in evaluate.argument_parser()._actions:
+        if action.dest not in ("help", "model", "data", "split", "limit"):  # the recipe's sources say which rows
+            difficulty._add_action(action)
     args, rest = parser.parse_known_args(argv)
+    values = merge(load(args.recipe), parse_overrides(rest))
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "recipe") and v is not None}
     if args.command == "audit":
         try:
             from .audit import report
         except ImportError as error:
             raise RecipeError(f"{error}: pip install 'vision-r1-recipes[audit]'.") from error
-        values = merge(load(args.recipe), parse_overrides(rest))
-        return report(values, **{k: v for k, v in vars(args).items() if k not in ("command",) and v is not None})
-    from . import evaluate
+        return report(values, args.recipe, **options)
     from .difficulty import measure
 
-    options = vars(evaluate.argument_parser().parse_args([args.model, "--data", "the recipe's", *rest]))
-    measure(load(args.recipe), args.model, **{k: v for k, v in options.items() if k not in ("model", "data")})
+    measure(values, **options)
 
 
 if __name__ == "__main__":
