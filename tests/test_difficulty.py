@@ -119,8 +119,11 @@ def test_places(tmp_path):
     stages = {"stages": [{"max_completion_length": 8}], "datasets": [{"path": "x"}, {"path": "x", "limit": 3}]}
     with pytest.raises(RecipeError, match="two sources would write"):
         difficulty.measure(stages, "model")
-    with pytest.raises(RecipeError, match="the recipe's sources say"):
-        difficulty.measure(stages, "model", limit=3)
+    for more in ({"limit": 3}, {"data": "x"}):
+        with pytest.raises(RecipeError, match=f"`--{next(iter(more))}`: the recipe's sources say"):
+            difficulty.measure(stages, "model", **more)
+    with pytest.raises(RecipeError, match="unknown key `temprature`"):
+        difficulty.measure({**stages, "temprature": 1}, "model")
 
 
 def test_the_reward_counts():
@@ -135,3 +138,17 @@ def test_the_reward_counts():
     assert list(rates["pass_rate"]) == [0.5, 0.5] and list(rates["accuracy"]) == [1, 0.5]
     assert list(rates["mean_tokens"]) == [4, 1] and list(rates["id"]) == ["a", "b"]
     assert "2 prompts" in difficulty.describe(rates["pass_rate"])
+
+
+def test_the_command_takes_the_options_of_evaluate_and_the_recipe_s_keys(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(difficulty, "measure", lambda values, model, **options: asked.append((values, model, options)))
+    command = ["difficulty", str(ROOT / "recipes/toy/ptst.yaml"), "m"]
+    data.main([*command, "--n", "2", "--buckets", "4", "8", "--datasets", "[{path: x}]", "--data", "y"])
+    values, model, options = asked[0]
+    assert model == "m" and options == {"n": 2, "buckets": [4, 8]}
+    assert values["datasets"] == [{"path": "x"}] and values["data"] == "y" and values["stages"]
+    with pytest.raises(SystemExit):
+        data.main(["difficulty", "--help"])
+    said = capsys.readouterr().out
+    assert "--backend" in said and "--data" not in said and "the recipe's" in said

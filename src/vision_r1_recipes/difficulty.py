@@ -2,7 +2,7 @@
 How often a model is right on every prompt of an RL recipe: with rewards of 0 and 1, groups of one kind teach nothing.
 
 ```shell
-python -m vision_r1_recipes.data difficulty RECIPE MODEL [--n 8] [--backend vllm] [other options of evaluate]
+python -m vision_r1_recipes.data difficulty RECIPE MODEL [--n 8] [--backend vllm] [options of evaluate] [--key value]
 ```
 
 Samples as the first stage does and writes a parquet file per source beside its data, which the source names to keep
@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from .data import check_source, digest_of
+from .data import check_recipe, check_source, digest_of
 from .evaluate import SAMPLES, evaluate, per_question
 from .recipe import RecipeError
 
@@ -58,13 +58,14 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
         `accuracy` (whatever the format), `samples`, `mean_tokens`, `truncated`. Killed, the same call goes on.
 
     Raises:
-        `RecipeError`: no stages, two sources with one file, or what [`~evaluate.evaluate`] raises.
+        `RecipeError`: no stages, an unknown key, two sources with one file, or what [`~evaluate.evaluate`] raises.
     """
     stages = values.get("stages")
     if not stages:
         raise RecipeError("`stages` is missing: pass rates are of the prompts of a GRPO recipe.")
-    if wrong := options.keys() & {"split", "limit"}:
-        raise RecipeError(f"`--{sorted(wrong)[0]}`: the recipe's sources say which rows.")
+    if wrong := {**values, **options}.keys() & {"data", "split", "limit"}:
+        raise RecipeError(f"`--{sorted(wrong)[0]}`: the recipe's sources say which rows: change its `datasets`.")
+    check_recipe(values, "rl")
     home = Path(
         options.pop("output_dir", None) or Path("runs/difficulty", str(Path(model)).strip("/").replace("/", "_"))
     )
