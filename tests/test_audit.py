@@ -449,6 +449,8 @@ LEAKS = [  # two forms of one question
     ("Which is right?\nA. red\nB. blue\nC. 1.5", f"{HINT}Which is right?\n(A) 1.5 (B) blue (C) red\nThink."),
     ("求阴影部分的面积。", "问题：求阴影部分的面积？\n选项：A. 1 B. 2"),
     (REDS, f"3. {REDS} Answer:"),
+    ("Find x", "Find x **Choices:** (A) 1 (B) 2"),
+    ("Find x", f"Find x{' ' * 9}(A) 1 (B) 2"),
 ]
 OTHERS = [  # two questions
     ("AB = 1", "AB = 12"),

@@ -480,12 +480,13 @@ _ENDS = re.compile(
     r"|(?:(?<=[a-z]{2})|(?<=\bQ)|(?<=[\u4e00-\u9fff]))(?::\**\s|\uff1a)"
 )
 _LETTERED = re.compile(r"(?<![\w\\])[(\[\uff08]?([A-J])(?:[)\]\uff09][.:]?|[.:\u3001\uff0e\uff1a])(?!\d*\w*\()\s*")
-_CHOICES = re.compile(r"\W*\b(?:choices|options)\W*$|\W*\u9009\u9879\W*$", re.I)
+_CHOICES = re.compile(r"(?:\b(?:choices|options)|\u9009\u9879)\W*$", re.I)
 _TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|[\u4e00-\u9fff]|(?:(?![\u4e00-\u9fff])[^\W\d_])+|[^\w\s$]|_")
 
 
 def _asked(question: str) -> tuple[str, frozenset[str]]:
     """The sentences of a question, one per line, in one spelling; and its options without their letters."""
+    question = re.sub(r"[^\S\n]+", " ", question)
     found = list(_LETTERED.finditer(question))
     letters = "".join(match[1] for match in found)
     start, options = letters.rfind("AB"), []
@@ -502,7 +503,7 @@ def _asked(question: str) -> tuple[str, frozenset[str]]:
 
 
 def _spelled(sentence: str) -> str:
-    return " ".join(_TOKEN.findall(clean(sentence).casefold())).strip(" ,.;:")
+    return " ".join(_TOKEN.findall(clean(sentence).casefold())).strip(" ,.;:*")
 
 
 def _contained(a: tuple[str, frozenset[str]], b: tuple[str, frozenset[str]]) -> bool:
