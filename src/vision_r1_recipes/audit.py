@@ -473,12 +473,14 @@ def _near_texts(a: str, b: str) -> bool:
     return len(a & b) >= COMMON * len(a | b)
 
 
+# Points, lines and unknowns, `ABC`, `x`: neither the words `A` and `I` nor the letters of options.
 _NAMES = re.compile(r"(?<![\w'\u2019\\])(?!(?:[AI]|[A-Z][).:])(?!\w))(?:[A-Z]{1,4}|[b-z])(?![^\W_])")
 # Where a sentence ends: not at the point of 1.5, the colon of AB : BC or the sign of 5!
 _ENDS = re.compile(
     r"\n|</?[A-Za-z_]{3,}>|[?;\u3002\uff1f\uff1b]|\.(?!\d)|(?<=[A-Za-z]{2})[!\uff01](?!=)"
     r"|(?:(?<=[a-z]{2})|(?<=\bQ)|(?<=[\u4e00-\u9fff]))(?::\**\s|\uff1a)"
 )
+# The letter of an option, `(A)`, `B.`, `C:`: not f(A) and no function's name.
 _LETTERED = re.compile(r"(?<![\w\\])[(\[\uff08]?([A-J])(?:[)\]\uff09][.:]?|[.:\u3001\uff0e\uff1a])(?!\d*\w*\()\s*")
 _CHOICES = re.compile(r"(?:\b(?:choices|options)|\u9009\u9879)\W*$", re.I)
 _TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|[\u4e00-\u9fff]|(?:(?![\u4e00-\u9fff])[^\W\d_])+|[^\w\s$]|_")
