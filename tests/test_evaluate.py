@@ -459,6 +459,13 @@ def test_a_damaged_evaluation_is_named(world, evaluated, tmp_path, name, content
             call()
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_adapter_is_named(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(RecipeError, match="is damaged"):
+        ev.weights_of(str(tmp_path))
+
+
 def test_the_commit_of_a_hub_id_is_a_setting(world, tmp_path, monkeypatch):
     """From the Hub's cache, as a machine without network has it."""
     monkeypatch.chdir(tmp_path)

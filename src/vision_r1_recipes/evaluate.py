@@ -324,7 +324,10 @@ def weights_of(model: str) -> list[list[Any]]:
     files = sorted(Path(model).glob("*.safetensors"))
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        try:
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        except (ValueError, AttributeError) as error:
+            raise RecipeError(f"{adapter} is damaged: {error}. Save the adapter again.") from error
         files += sorted(Path(base).glob("*.safetensors")) if base else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
