@@ -427,12 +427,58 @@ def test_another_set_needs_a_question_and_a_picture(world, tmp_path):
         audit._other(str(tmp_path / "y.json"), None)
 
 
-def test_near_texts():
-    near = audit._near_texts
-    assert near("what is the length of side AB in the figure", "what is the length of side AB in this figure")
-    assert not near("what is the length of side AB when it is 3", "what is the length of side AB when it is 5")
-    assert not near("what is the length of side AB in the figure", "what is the length of side BC in the figure")
-    assert not near("what is the value of x in the figure", "what is the value of y in the figure")
+@pytest.mark.parametrize(
+    "a, b, near",
+    [
+        ("What is the length of side AB in the figure?", "What is the lenght of side AB in this figure", True),
+        ("Find the colour of the bars.", "Please find the color of the bars.", True),
+        ("如图，求∠ADE的度数。", "求∠ADE的度数", True),
+        ("What is the length of side AB when it is 3?", "What is the length of side AB when it is 5?", False),
+        ("What is the length of side AB in the figure?", "What is the length of side BC in the figure?", False),
+        ("What is the value of x in the figure?", "What is the value of y in the figure?", False),
+        ("Find the measure of angle A.", "Find the measure of angle B.", False),
+        ("Find the perimeter of ABCDE.", "Find the perimeter of ABCDF.", False),
+        ("如图，在△ABC中，AB=AC，求∠ADE的度数。", "如图，在△ABC中，AB=AC，求∠C的度数。", False),
+        ("如图，DE⊥AC，求线段AD的长。", "如图，DE⊥AC，求线段DE的长。", False),
+        ("How many people scored more than 50?", "How many people scored less than 50?", False),
+        ("Does Dark Violet have the minimum area?", "Does Dark Violet have the maximum area?", False),
+        ("Is Dark Violet less than Dark Orange?", "Is Dark Orange less than Dark Violet?", False),
+        ("Is the polygon regular?", "Is the polygon irregular?", False),
+        ("Find the roots for x > 3.", "Find the roots for x < 3.", False),
+        ("How many bars are red?", "How many bars are not red?", False),
+    ],
+)
+def test_near_texts(a, b, near):
+    assert audit._near_texts(audit._words(a), audit._words(b)) == near
+
+
+def test_a_figure_with_another_label_is_no_leak_and_neither_is_another_thin_figure(world, tmp_path):
+    """Both ask `Find x.`: in a held-out set the answers tell them apart; a thin drawing is nearly blank."""
+
+    def labelled(text: str):
+        image = picture(3, (640, 480))
+        ImageDraw.Draw(image).text((4, 4), text, fill=0)
+        return stored(image)
+
+    def thin(*points):
+        image = Image.new("RGB", (1000, 800), "white")
+        ImageDraw.Draw(image).polygon(points, outline="black")
+        return stored(image)
+
+    first, second = thin((100, 700), (800, 650), (420, 120)), thin((150, 680), (850, 700), (380, 160))
+    for name, rows in (
+        ("train", [(labelled("x=3"), "4"), (labelled("x=4"), "5"), (first, "6")]),
+        ("test", [(labelled("x=8"), "9"), (labelled("x=9"), "5"), (second, "6"), (first, "8")]),
+    ):
+        made = [row(i, problem="<image>Find x.", images=[image], answer=gold) for i, (image, gold) in enumerate(rows)]
+        pd.DataFrame(made).to_parquet(tmp_path / f"{name}.parquet")
+    values = {
+        **recipe.load(world / "grpo.yaml"),
+        "datasets": [{"path": str(tmp_path / "train.parquet")}],
+        "eval_datasets": [{"path": str(tmp_path / "test.parquet")}],
+    }
+    _, findings, _, _ = audit.audit(values)
+    assert flagged(findings) == {"leaked": ["row 1", "row 2"], "shared picture": ["row 0"]}
 
 
 HINT = "Hint: Please answer the question and provide the correct option letter at the end.\nQuestion: "

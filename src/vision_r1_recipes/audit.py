@@ -12,17 +12,18 @@ of which a row may have several:
 - `never rewarded in stage 1`: the tags, the gold answer and the shortest plausible reasoning exceed that stage's cap;
 - `exact duplicate` of a row before it: same pixels, same text (letter case and blanks aside);
 - `conflicting answers`: the same question with the same pixels has another answer elsewhere in the set;
-- `near duplicate` of a row before it: near pictures, near text, the same numbers in it and the same answer;
+- `near duplicate` of a row before it: near pictures, near text and the same answer;
 - `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and all sentences of
-  one question in the other, or near texts with the same numbers and, in `eval_datasets`, the same answer;
+  one question in the other, or near texts; in `eval_datasets` also the same answer, unless the pixels are the same;
 - allowed unless `--allow` says otherwise: `shared picture` (only the picture is near another row's), `suspicious
   answer` (see `rewards check`; in a cold start, one that can't be graded), `no <think> and <answer>` (where most rows
   of a cold start have them), and rows without a picture in another set.
 
 Rows that the training drops or leaves out are held against nothing. Pictures are near when their perceptual hashes
 agree in one of four parts and in all but 8 of 64 bits, and small copies of them (32 x 32 grey, 8 x 8 in colour) differ
-nowhere by more than 12 of 255: another compression or size, or a small label changed, but no crop and no rotation.
-Texts are near when 70 % of their 5-grams of characters are common and they name the same numbers, points and unknowns.
+nowhere by more than 12 of 255, or by a quarter of the range of what is nearly blank: another compression or size, or a
+small label changed, but no crop and no rotation. Texts are near when they have the same words, numbers, signs and
+names in the same order, articles and the like and the spelling of a long word aside.
 Of a question within another, how its mathematics is written and what stands around it (a template, a hint, options
 that the other lacks or has in another order) make no difference; one without words is within none.
 
@@ -39,6 +40,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from functools import cache, lru_cache, partial
 from itertools import combinations, islice, product
 from pathlib import Path
@@ -75,7 +77,7 @@ UNUSABLE, UNREADABLE, TEXT_ONLY = "unusable", "can't be compared", "without a pi
 # Greatest share of a set's rows; what the training drops has `max_dropped_share`.
 ALLOWED = {NEVER: 0.01, EXACT: 0.01, CONFLICT: 0.0, NEAR: 0.05, LEAKED: 0.0, UNREADABLE: 0.0}
 ALLOWED |= {SHARED: 1.0, SUSPICIOUS: 1.0, UNTAGGED: 1.0, TEXT_ONLY: 1.0, data.OUTSIDE: 1.0}
-BITS, DIFFERENCE, COMMON, GRAM = 8, 12, 0.7, 5
+BITS, DIFFERENCE = 8, 12
 # A picture is compared with this many others of near hash, and so many pairs of texts of two pictures: without a limit
 # a set of blank pictures would take days. What is left out by it is counted in the report.
 NEIGHBOURS, TEXT_PAIRS = 500, 250_000
@@ -352,6 +354,7 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
     plain = [" ".join(text.replace(data.MARKER, " ").split()) for text in rows["question"]]
     texts = [text.casefold() for text in plain]
     asked = cache(lambda i: _asked(rows["question"].iat[i]))
+    words = cache(lambda i: _words(plain[i]))
     of = {key: list(rows[key]) for key in ("set", "source", "id", "answer", "pixels")}
     found: list[dict[str, str]] = []
 
@@ -395,7 +398,7 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
             if sets[0] == sets[1] != AGAINST:
                 if j in near:
                     continue
-                if _near_texts(plain[i], plain[j]) and agree(of["answer"][i], of["answer"][j]):
+                if _near_texts(words(i), words(j)) and agree(of["answer"][i], of["answer"][j]):
                     near.add(j)
                     note(j, NEAR, f"of {name(i)}")
                 else:
@@ -404,9 +407,10 @@ def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
                 ours, theirs = (i, j) if sets[0] == TRAIN else (j, i)
                 if ours in leaked:
                     continue
-                is_so = _contained(asked(ours), asked(theirs))
-                if not is_so and _near_texts(plain[ours], plain[theirs]):  # of other sets the answers are not known
-                    is_so = AGAINST in sets or agree(of["answer"][ours], of["answer"][theirs])
+                is_so = _contained(asked(ours), asked(theirs)) or _near_texts(words(ours), words(theirs))
+                # `Find x.` is asked of many a figure; of other sets the answers are not known.
+                if is_so and AGAINST not in sets and of["pixels"][ours] != of["pixels"][theirs]:
+                    is_so = agree(of["answer"][ours], of["answer"][theirs])
                 (leaked if is_so else shared).setdefault(ours, theirs)
     for i, first in first_of.items():
         if first in leaked:
@@ -447,34 +451,41 @@ def _near_pictures(rows: pd.DataFrame) -> tuple[Iterator[tuple[list[int], list[i
                 for a, b in zip(u[close].tolist(), v[close].tolist(), strict=True):
                     if small[a].shape != small[b].shape:
                         continue
-                    if np.abs(small[a].astype(np.int16) - small[b]).max() <= DIFFERENCE:
+                    allowed = min(DIFFERENCE, max(2, max(np.ptp(small[a]), np.ptp(small[b])) // 4))
+                    if np.abs(small[a].astype(np.int16) - small[b]).max() <= allowed:
                         yield members[a], members[b]
                 distance += 1
 
     return pairs(), left_out
 
 
-@lru_cache(maxsize=10_000)
-def _grams(text: str) -> frozenset[str]:
-    text = text.casefold()
-    return frozenset(text[k : k + GRAM] for k in range(max(1, len(text) - GRAM + 1)))
+# Words that make no other question of one.
+_SMALL = {
+    *("a", "an", "the", "this", "that", "these", "those", "is", "are", "was", "were", "be", "of", "in", "on", "at"),
+    *("by", "to", "if", "when", "please", "find", "calculate", "compute", "determine", "what", "which", "figure"),
+    *("image", "picture", "diagram", "shown", "given"),
+    *"\u7684\u4e86\u662f\u5728\u4e2d\u5982\u56fe\u6240\u793a\u8bf7\u6c42",
+}
+
+
+def _words(text: str) -> list[str]:
+    """Words, numbers, signs and names (`AB`, `x`) of a text in their order, without small words and punctuation."""
+    found = (word.casefold() if word[1:].islower() else word for word in _TOKEN.findall(text))
+    return [word for word in found if word not in _SMALL and word not in '.,;:?"()[]{}*\u3002\uff0c\uff1f']
+
+
+def _near_texts(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two texts (see [`_words`]) say the same: `AB` for `BC`, or `more` for `less`, asks something else."""
+    return len(a) == len(b) and all(u == v or _misspelt(u, v) for u, v in zip(a, b, strict=True))
 
 
 @lru_cache(maxsize=10_000)
-def _named(text: str) -> tuple[list[str], set[str]]:
-    """The numbers in a text, and its names of points and unknowns: `AB` and `BC` are two questions of one figure."""
-    return sorted(re.findall(r"\d+(?:\.\d+)?", text)), set(_NAMES.findall(text))
-
-
-def _near_texts(a: str, b: str) -> bool:
-    if _named(a) != _named(b):
+def _misspelt(u: str, v: str) -> bool:
+    if min(len(u), len(v)) < 5 or not (u + v).islower() or u[0] != v[0]:  # regular and irregular are two words
         return False
-    a, b = _grams(a), _grams(b)
-    return len(a & b) >= COMMON * len(a | b)
+    return SequenceMatcher(None, u, v).ratio() > 0.82
 
 
-# Points, lines and unknowns, `ABC`, `x`: neither the words `A` and `I` nor the letters of options.
-_NAMES = re.compile(r"(?<![\w'\u2019\\])(?!(?:[AI]|[A-Z][).:])(?!\w))(?:[A-Z]{1,4}|[b-z])(?![^\W_])")
 # Where a sentence ends: not at the point of 1.5, the colon of AB : BC or the sign of 5!
 _ENDS = re.compile(
     r"\n|</?[A-Za-z_]{3,}>|[?;\u3002\uff1f\uff1b]|\.(?!\d)|(?<=[A-Za-z]{2})[!\uff01](?!=)"
