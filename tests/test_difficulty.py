@@ -115,6 +115,9 @@ def test_places(tmp_path):
     ]
     names = ["v1.0", "v1.0.test", "v1.0.a", "v1.0.hard"]
     assert found == [tmp_path / f"{name}.pass_rates.parquet" for name in names]
+    (tmp_path / "v1.0/train.parquet").touch()
+    inside = difficulty.beside({"path": str(tmp_path / "v1.0/train.parquet")})
+    assert inside == tmp_path / "v1.0.train.pass_rates.parquet"
     assert difficulty.beside({"path": "Osilly/Vision-R1-rl"}) == Path("data/Vision-R1-rl.pass_rates.parquet")
     stages = {"stages": [{"max_completion_length": 8}], "datasets": [{"path": "x"}, {"path": "x", "limit": 3}]}
     with pytest.raises(RecipeError, match="two sources would write"):

@@ -211,9 +211,9 @@ def columns(correct):
 
 def test_paired_difference_of_known_cases():
     right, wrong = columns([True] * 50), columns([False] * 50)
-    assert ev.paired_difference(right, right) == (0, 0, 0)
-    assert ev.paired_difference(right, wrong) == (1, 1, 1)
-    assert ev.paired_difference(wrong, right) == (-1, -1, -1)
+    assert ev.paired_difference(right, right) == (0, -0.06, 0.06)  # the rule of three
+    assert ev.paired_difference(right, wrong) == (1, 0.94, 1)
+    assert ev.paired_difference(wrong, right) == (-1, -1, -0.94)
 
     # 60 questions only `a` gets right, 20 only `b`: the interval is close to the normal one, and to a plain loop's.
     a = np.array([1] * 60 + [0] * 20 + [1] * 300 + [0] * 100, bool)
@@ -302,6 +302,8 @@ def test_bad_input(world, tmp_path, capsys):
     for place in ("file", "file/eval"):
         with pytest.raises(RecipeError, match=f"{place} can't be a folder, .*/file is a file"):
             ev.evaluate(model, data, output_dir=str(tmp_path / place))
+    with pytest.raises(RecipeError, match=r"can't (be written|write)"):
+        ev.evaluate(model, data, output_dir="/proc/eval", **QUICK)
     shutil.copytree(model, tmp_path / "incomplete")
     weights = load_file(Path(model, "model.safetensors"))
     lost = next(name for name in weights if "norm" in name)
@@ -442,14 +444,31 @@ def test_damaged_progress_is_named_and_mended_as_told(world, evaluated, tmp_path
     pd.testing.assert_frame_equal(pd.read_parquet(folder / ev.SAMPLES), evaluated[1])
 
 
+def test_damage_that_is_still_json_is_named(world, evaluated, tmp_path):
+    settings = evaluated[0]["settings"]
+    for line in ({"made": 5, "state": []}, {"made": [], "state": None}, {"made": [], "state": "abc"}):
+        (tmp_path / ev.PROGRESS).write_text(f"{json.dumps(settings)}\n{json.dumps(line)}\n")
+        with pytest.raises(RecipeError, match=r"progress.jsonl is damaged: .*Delete it"):
+            ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), seed=3, **QUICK)
+    shutil.copytree(world / "eval", tmp_path / "eval")
+    for key in ("settings", "data", "sampling"):
+        (tmp_path / "eval" / ev.SUMMARY).write_text(json.dumps({**evaluated[0], key: "abc"}))
+        with pytest.raises(RecipeError, match=f"summary.json is damaged: `{key}` is 'abc'"):
+            ev.compare(str(world / "eval"), str(tmp_path / "eval"))
+
+
 @pytest.mark.parametrize(
-    "name, content", [(ev.SUMMARY, b"{}"), (ev.SUMMARY, b'{"na'), (ev.SAMPLES, b"PAR1"), (ev.SAMPLES, None)]
+    "name, content",
+    [(ev.SUMMARY, b"{}"), (ev.SUMMARY, b'{"na'), (ev.SAMPLES, b"PAR1"), (ev.SAMPLES, None), (ev.SAMPLES, "part")],
 )
 def test_a_damaged_evaluation_is_named(world, evaluated, tmp_path, name, content):
     folder = tmp_path / "eval"
     shutil.copytree(world / "eval", folder)
+    samples = pd.read_parquet(folder / ev.SAMPLES)
     (folder / name).unlink()
-    if content is not None:
+    if content == "part":
+        samples[:-1].to_parquet(folder / name)
+    elif content is not None:
         (folder / name).write_bytes(content)
     for call in (
         lambda: ev.compare(str(world / "eval"), str(folder)),

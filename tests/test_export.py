@@ -230,6 +230,14 @@ def test_refused_before_the_model_loads(finished, toy, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_is_gone_is_told(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "chat_template.jinja").unlink()
+    with pytest.raises(RecipeError, match=r"can't export .*chat template.* missing\?"):
+        export.export(str(run), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_copied_run_keeps_its_evaluations(finished, toy, tmp_path):
     """Of a copy that keeps times, while the original is there; not of one that was trained on, nor of another run."""
     ev.evaluate(str(finished), str(toy / "rl"), limit=2, max_new_tokens=2)

@@ -301,6 +301,7 @@ def test_an_intruder_makes_it_wrong(gold):
         *("", "  ", "$$", "**", ".", "Final Answer:", "?", r"\frac{1}{", "3+", "x =", "x <", "1/0", None, 7),
         *(r"\text{}", r"$\mathrm{ }$", "![](a.png)", "![the graph](images/3.jpg)", r"\includegraphics{a.png}"),
         *("see the figure", "See figure.", "as shown in the figure", "Omitted", "略", "（略）", "答案略。", "见解析"),
+        *("Answers will vary", "The answer is", "解:略", "解析略", "答案不唯一"),
         *(r"\begin{cases} x=1", r"x=1 \end{cases}"),
     ],
 )

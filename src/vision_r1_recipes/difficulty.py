@@ -33,9 +33,11 @@ EDGES = (0, 0.125, 0.375, 0.625, 0.875, 1)
 
 
 def beside(source: Mapping[str, Any]) -> Path:
-    """Where the pass rates of a source are written: beside its folder or file, for a Hub id in `data/`."""
+    """Where the pass rates of a source are written: beside its folder or that of its file, for a Hub id in `data/`."""
     path, files, split = Path(source["path"]), source.get("data_files") or [], source.get("split", "train")
     files = [files] if isinstance(files, str) else files
+    if path.is_file():  # in the folder itself they would be taken for rows of the set
+        path, files = path.parent if path.parent.name else path.absolute().parent, [path.name]
     parts = [path.name, source.get("name"), *(Path(file).stem for file in files), None if split == "train" else split]
     home = path if path.exists() else Path("data") / path.name
     return home.with_name(".".join([*filter(None, parts), "pass_rates.parquet"]))

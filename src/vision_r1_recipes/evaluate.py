@@ -60,6 +60,7 @@ from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noq
 
 SUMMARY, SAMPLES, PROGRESS = "summary.json", "samples.parquet", "progress.jsonl"
 LINE = ("made", "state")  # of PROGRESS
+SUMMARIZED = ("name", "accuracy", "accuracy_se", "questions", "samples_per_question", "sampling")  # among others
 KEYS = ("id", "problem", "solution")  # of a question
 
 # Self-reflection words of the paper's data table, in the forms that are counted.
@@ -160,7 +161,7 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """
     Accuracy of `a` minus accuracy of `b` on the same questions, with its 95 % interval (paired bootstrap over
-    questions, of whose samples the mean counts).
+    questions, of whose samples the mean counts; where all questions differ alike, the rule of three).
 
     Args:
         a (`DataFrame` or `dict` of columns):
@@ -185,7 +186,11 @@ def paired_difference(
     values, counts = np.unique(difference, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=n)
     low, high = np.percentile(draws @ values / len(difference), [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    mean = float(difference.mean())
+    if len(values) == 1:  # no draw differs from another, which tells nothing
+        half = interval(0.0, len(difference))
+        return mean, max(-1.0, mean - half), min(1.0, mean + half)
+    return mean, float(low), float(high)
 
 
 def compare(a: str, b: str) -> str:
@@ -240,13 +245,20 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """The summary and the samples in the folder of a finished evaluation; [`RecipeError`] when one is damaged."""
     found = []
     for name, read, keys in (
-        (SUMMARY, lambda path: json.loads(path.read_text()), ("name", "accuracy", "accuracy_se", "sampling")),
+        (SUMMARY, lambda path: json.loads(path.read_text()), SUMMARIZED),
         (SAMPLES, pd.read_parquet, ("id", "completion", "tokens", "truncated", "format", "correct")),
     ):
         try:
             found.append(read(folder / name))
             if missing := [key for key in keys if key not in found[-1]]:
                 raise ValueError(f"it has no `{missing[0]}`")
+            summary, samples = found[0], found[-1]
+            if wrong := [
+                key for key in ("data", "settings", "sampling") if not isinstance(summary.get(key, {}), dict)
+            ]:
+                raise ValueError(f"`{wrong[0]}` is {summary[wrong[0]]!r}")
+            if name == SAMPLES and len(samples) != summary["questions"] * summary["samples_per_question"]:
+                raise ValueError(f"it has {len(samples)} samples, and {SUMMARY} tells of others")
         except (OSError, ValueError, TypeError) as error:
             said = str(error).splitlines()[0]
             raise RecipeError(f"{folder / name} is damaged: {said}. Delete {folder}, and evaluate again.") from error
@@ -503,10 +515,14 @@ def evaluate(
             )
         set_seed(seed)
         with progress(task.folder / PROGRESS, task.settings, keys=LINE) as (lines, add):
-            made = {tuple(request): completion for line in lines for request, completion in line["made"]}
-            if lines:
-                print(f"{len(made)} completions were finished before")
-                loaded[key].restore(lines[-1]["state"])
+            try:
+                made = {tuple(request): completion for line in lines for request, completion in line["made"]}
+                if lines:
+                    loaded[key].restore(lines[-1]["state"])
+                    print(f"{len(made)} completions were finished before")
+            except (TypeError, ValueError) as error:
+                file = task.folder / PROGRESS
+                raise RecipeError(f"{file} is damaged: {error}. Delete it, and run the same command again.") from error
 
             def keep(batch):
                 made.update(batch)

@@ -494,6 +494,11 @@ def export(
         (draft / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
         card.save(draft / "README.md")
         draft.rename(output)
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        said = f"can't export {run}: {type(error).__name__}: {error}"
+        raise RecipeError(f"{said}. Is a file of the tokenizer or the chat template missing?") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     print(f"written to {output_dir}, and read back: the same logits as the run's model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,12 @@ def progress(
         `RecipeError`: another process has the file, its lines are of other settings, or one is none.
     """
     check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+b")
+    except OSError as error:
+        raise RecipeError(f"`output_dir`: can't write {path}: {error.strerror}. Name another one.") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -68,10 +73,12 @@ def _read(line: bytes, number: int, path: Path, keys: Sequence[str]) -> dict[str
 
 
 def check_folder(folder: Path) -> None:
-    """Raise [`RecipeError`] when `folder`, or one that it would be in, is a file."""
+    """Raise [`RecipeError`] when `folder`, or one that it would be in, is a file or can't be written."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise RecipeError(f"`output_dir`: {folder} can't be a folder, {there} is a file. Name another one.")
+    if not os.access(there, os.W_OK):
+        raise RecipeError(f"`output_dir`: {folder} can't be written, {there} is read-only. Name another one.")
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -32,8 +32,8 @@ _NOTHING = re.compile(
 _ELSEWHERE = re.compile(
     r"as shown|(?:please )?(?:see|refer to|(?:as )?shown in)(?: the)?(?: attached)?"
     r"(?: (?:image|figure|diagram|picture|graph|solution|explanation|above|below))+(?: \d+)?"
-    r"|(?:the )?(?:answers?|proof|solution)?(?: is)? ?omitted"
-    r"|(?:答案|解答|证明|过程|图)?略|(?:如|见|参见|详见)[上下左右]?(?:图|解析|答案|解答)\d*(?:所示)?",
+    r"|(?:the )?(?:answers?|proof|solution)?(?: is)? ?omitted|answers? (?:will|may) vary|(?:the )?answer is"
+    r"|(?:答案|解答?|解析|证明|过程|图)?[:\uff1a]?略|答案不唯一|(?:如|见|参见|详见)[上下左右]?(?:图|解析|答案|解答)\d*(?:所示)?",
     re.I,
 )
 # What a model says around a value, where nothing else in it can be meant.
