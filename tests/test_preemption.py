@@ -118,8 +118,8 @@ def test_asked_in_its_last_step_a_run_finishes(recipes, tmp_path, before_step, w
 
 
 @pytest.mark.slow
-def test_a_time_that_had_passed_before_the_start_stops_nothing(recipes, tmp_path):
-    (tmp_path / "stop_at").write_text(str(time.time() - 1))
+def test_what_a_job_has_left_stops_no_run_outside_of_slurm(recipes, tmp_path):
+    (tmp_path / "stop_at").touch()
     MAIN["sft"]([str(recipes / "sft.yaml"), *SAVES["sft"], "--output_dir", str(tmp_path)])
     assert checkpoints.finished(tmp_path)
 
@@ -152,6 +152,17 @@ def test_the_state_of_a_run(recipes, tmp_path, capsys):
     assert state() == "checkpoint-2"
     (tmp_path / "checkpoint-2/trainer_state.json").unlink()
     assert state() == "checkpoint-1"
+
+
+@pytest.mark.slow
+def test_a_part_of_a_run_can_be_finished(recipes, tmp_path, capsys):
+    run = [str(recipes / "grpo.yaml"), "--output_dir", str(tmp_path), "--stop_after_rollouts"]
+    MAIN["grpo"]([*run, "2"])
+    states = []
+    for more in (["2"], ["3"]):
+        recipe.main(["state", *run, *more])
+        states.append(capsys.readouterr().out.splitlines()[-1])
+    assert states == ["part finished", "checkpoint-4"]
 
 
 def test_a_finished_run_that_was_extended_and_killed_is_not_finished(recipes, tmp_path, before_step, capsys):

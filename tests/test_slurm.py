@@ -226,7 +226,7 @@ def test_a_typo_ends_the_job_before_anything_is_started(slurm, home):
     assert not (home / "runs/typo").exists()
     job = Job(home, "slurm/train.slurm", "grpo.yaml", "--datasets", "[{path: world/nope}]")
     assert job.end() == "FAILED"
-    assert "`datasets[0]`: world/nope is not here" in job.log.splitlines()[-1]
+    assert "`datasets[0]`: world/nope can't be found here or on the Hub" in job.log.splitlines()[-1]
     job = Job(home, "slurm/train.slurm", "no.yaml")
     assert job.end() == "FAILED"
     assert "error: no recipe at" in job.log.splitlines()[-1]
@@ -266,6 +266,8 @@ def test_a_run_that_is_told_to_stay_away_does_not_come_back_and_nobody_else_take
         assert job.end() == "FAILED" and job.log.endswith(said), job.log
         assert job.about("Restarts") == ("1" if "requeue" in ask else "0")
     assert not (folder / "model.safetensors").exists()
+    job = Job(home, *train, "--stop_after_rollouts", "1")
+    assert job.end() == "COMPLETED" and job.log.endswith("there is: part finished\n")
 
 
 def test_a_rank_that_dies_is_named_with_its_last_lines(slurm, home):

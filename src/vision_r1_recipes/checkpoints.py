@@ -117,7 +117,10 @@ def finished(output_dir: str | Path, max_steps: int = -1) -> bool:
 
 
 def state(values: Mapping[str, Any]) -> str:
-    """What there is of the run of a recipe: `finished`, the newest complete checkpoint's name, or `nothing`."""
+    """
+    What there is of the run of a recipe: `finished`; `part finished`, as far as its `stop_after_rollouts` wants it;
+    the newest complete checkpoint's name; or `nothing`.
+    """
     folder = Path(str(values.get("output_dir")))
     if finished(folder) and (folder / "recipe.yaml").is_file():
         before, now = (_plain(identity(recipe)) for recipe in (load(folder / "recipe.yaml"), values))
@@ -125,7 +128,18 @@ def state(values: Mapping[str, Any]) -> str:
         same = before == now or (before.get("stages") == now.get("stages") and not changes(before, now))
         return "finished" if same else "another run, finished"
     newest, _ = wanted("auto", folder)
+    last = values.get("stop_after_rollouts")
+    if newest and last and rollouts_done(newest) >= last:
+        return "part finished"
     return newest.name if newest else "nothing"
+
+
+def rollouts_done(checkpoint: Path) -> int:
+    """How many rollouts of a GRPO run lie before `checkpoint`."""
+    from .ptst import num_rollouts, parse_stages  # which imports transformers
+
+    state, stages = json.loads((checkpoint / "trainer_state.json").read_text()), read(checkpoint)["identity"]["stages"]
+    return state["global_step"] * num_rollouts(parse_stages(stages)) // state["max_steps"]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,16 +105,17 @@ def _absent(values: Mapping[str, Any]) -> list[str]:
     needed = [("model_name_or_path", name, partial(cached_file, name, "config.json", revision=revision))]
     for key in ("datasets", "eval_datasets"):
         for i, source in enumerate(values.get(key) or []):
-            if not Path(path := source["path"]).exists():
+            if not Path(path := source["path"]).is_file():
                 options = {"name": source.get("name"), "data_files": source.get("data_files")}
                 needed.append((f"{key}[{i}]", path, partial(load_dataset_builder, path, **options)))
     problems = []
     for key, name, find in needed:
         try:
-            find()
+            if find() is None:
+                raise FileNotFoundError("a folder without config.json; was it trained to its end?")
         except Exception as error:
-            said = str(error).partition("\n")[0]
-            problems.append(f"`{key}`: {name} is not here, and the Hub doesn't give it: {said}")
+            said = textwrap.shorten(str(error), 200, placeholder=" ...")
+            problems.append(f"`{key}`: {name} can't be found here or on the Hub: {said}")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from time import perf_counter, time
@@ -66,10 +67,9 @@ class PreemptionCallback(TrainerCallback):
             return float("inf") if (self.folder / STOP).exists() else None
 
     def forget(self) -> None:
-        """Leave out a time that had passed before the run began."""
-        left = self.seconds_left()
-        if left is not None and left < 0:
-            (self.folder / STOP_AT).unlink()
+        """Leave out a time that a job has left behind; `slurm/train.slurm` does so itself, before it may write one."""
+        if "SLURM_JOB_ID" not in os.environ:
+            (self.folder / STOP_AT).unlink(missing_ok=True)
 
     def clear(self, finished: bool) -> None:
         """Take the files away for the next start; one that was to stop and has not finished leaves `stopped`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from trl import ModelConfig
 from . import checkpoints
 from .configs import GRPO_DERIVED, DataArguments, VisionGRPOConfig, VisionSFTConfig, derived_problem
 from .data import check_source
-from .ptst import Stage, num_rollouts, parse_stages
+from .ptst import Stage, parse_stages
 from .recipe import RecipeError, load, parse_all
 
 
@@ -118,8 +117,7 @@ def run_problems(values: dict, args: VisionSFTConfig | VisionGRPOConfig) -> list
         now = checkpoints.identity(values, num_processes=args._num_processes())
         problems += refuse_changes(checkpoint, now, args.force_resume)
         if last := getattr(args, "stop_after_rollouts", None):
-            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-            done = step * num_rollouts(parse_stages(args.stages)) // args.max_steps
+            done = checkpoints.rollouts_done(checkpoint)
             if done >= last:
                 problems.append(f"`stop_after_rollouts`: {last}, but {checkpoint} is at rollout {done} already.")
     if values.get("use_vllm") and find_spec("vllm") is None:
