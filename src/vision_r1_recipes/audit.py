@@ -489,7 +489,7 @@ def _misspelt(u: str, v: str) -> bool:
 # Where a sentence ends: not at the point of 1.5, the colon of AB : BC or the sign of 5!
 _ENDS = re.compile(
     r"\n|</?[A-Za-z_]{3,}>|[?;\u3002\uff1f\uff1b]|\.(?!\d)|(?<=[A-Za-z]{2})[!\uff01](?!=)"
-    r"|(?:(?<=[a-z]{2})|(?<=\bQ)|(?<=[\u4e00-\u9fff]))(?::\**\s|\uff1a)"
+    r"|(?:(?<=[a-z]{2})|(?<=\bQ)|(?<=[\u4e00-\u9fff]))(?::\**\s|\uff1a)|(?<=[\u4e00-\u9fff]):"
 )
 # The letter of an option, `(A)`, `B.`, `C:`: not f(A) and no function's name.
 _LETTERED = re.compile(r"(?<![\w\\])[(\[\uff08]?([A-J])(?:[)\]\uff09][.:]?|[.:\u3001\uff0e\uff1a])(?!\d*\w*\()\s*")
