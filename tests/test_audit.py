@@ -494,6 +494,7 @@ LEAKS = [  # two forms of one question
     (r"$AB\,=\,1$. Find $x\quad$.", "AB = 1. Find x."),
     ("Which is right?\nA. red\nB. blue\nC. 1.5", f"{HINT}Which is right?\n(A) 1.5 (B) blue (C) red\nThink."),
     ("求阴影部分的面积。", "问题：求阴影部分的面积？\n选项：A. 1 B. 2"),
+    (r"The area is 1,000. Find $\overline{AB}$.", "The area is 1000. Find AB."),
     ("如图,AB∥CD,则∠2等于多少度?", "如图,请回答:如图,AB∥CD,则∠2等于多少度?"),
     (REDS, f"3. {REDS} Answer:"),
     ("Find x", "Find x **Choices:** (A) 1 (B) 2"),

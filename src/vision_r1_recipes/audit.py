@@ -21,7 +21,7 @@ of which a row may have several:
 
 Rows that the training drops or leaves out are held against nothing. Pictures are near when their perceptual hashes
 agree in one of four parts and in all but 8 of 64 bits, and small copies of them (32 x 32 grey, 8 x 8 in colour) differ
-nowhere by more than 12 of 255, or by a quarter of the range of what is nearly blank: another compression or size, or a
+nowhere by more than 12 of 255, or by half the range of what is nearly blank: another compression or size, or a
 small label changed, but no crop and no rotation. Texts are near when they have the same words, numbers, signs and
 names in the same order, articles and the like and the spelling of a long word aside.
 Of a question within another, how its mathematics is written and what stands around it (a template, a hint, options
@@ -351,7 +351,7 @@ def _on_answers(
 
 def _on_pairs(rows: pd.DataFrame) -> tuple[list[dict[str, str]], int]:
     """Duplicates, conflicts and leaks, and how many pairs were not compared."""
-    plain = [" ".join(text.replace(data.MARKER, " ").split()) for text in rows["question"]]
+    plain = [" ".join(_unset(text.replace(data.MARKER, " ")).split()) for text in rows["question"]]
     texts = [text.casefold() for text in plain]
     asked = cache(lambda i: _asked(rows["question"].iat[i]))
     words = cache(lambda i: _words(plain[i]))
@@ -451,12 +451,18 @@ def _near_pictures(rows: pd.DataFrame) -> tuple[Iterator[tuple[list[int], list[i
                 for a, b in zip(u[close].tolist(), v[close].tolist(), strict=True):
                     if small[a].shape != small[b].shape:
                         continue
-                    allowed = min(DIFFERENCE, max(2, max(np.ptp(small[a]), np.ptp(small[b])) // 4))
+                    allowed = min(DIFFERENCE, max(2, max(np.ptp(small[a]), np.ptp(small[b])) // 2))
                     if np.abs(small[a].astype(np.int16) - small[b]).max() <= allowed:
                         yield members[a], members[b]
                 distance += 1
 
     return pairs(), left_out
+
+
+def _unset(text: str) -> str:
+    """Without what only sets it: commas of thousands, fonts and bars."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return re.sub(r"\\(?:overline|text|mathrm|mathbf) ?\{([^{}]*)\}", r"\1", text)
 
 
 # Words that make no other question of one.
@@ -499,7 +505,7 @@ _TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|[\u4e00-\u9fff]|(?:(?![\u4e00-\u9ff
 
 def _asked(question: str) -> tuple[str, frozenset[str]]:
     """The sentences of a question, one per line, in one spelling; and its options without their letters."""
-    question = re.sub(r"[^\S\n]+", " ", question)
+    question = re.sub(r"[^\S\n]+", " ", _unset(question))
     found = list(_LETTERED.finditer(question))
     letters = "".join(match[1] for match in found)
     start, options = letters.rfind("AB"), []
