@@ -10,7 +10,7 @@ of which a row may have several:
 
 - the reasons for which the training would drop it (`data.py`);
 - `never rewarded in stage 1`: the tags, the gold answer and the shortest plausible reasoning exceed that stage's cap;
-- `exact duplicate` of a row before it: same pixels, same text (letter case and blanks aside);
+- `exact duplicate` of a row before it: same pixels, same text (letter case, blanks, fonts and the like aside);
 - `conflicting answers`: the same question with the same pixels has another answer elsewhere in the set;
 - `near duplicate` of a row before it: near pictures, near text and the same answer;
 - `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and all sentences of

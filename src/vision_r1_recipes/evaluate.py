@@ -243,26 +243,27 @@ def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
 
 def read_finished(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """The summary and the samples in the folder of a finished evaluation; [`RecipeError`] when one is damaged."""
-    found = []
-    for name, read, keys in (
-        (SUMMARY, lambda path: json.loads(path.read_text()), SUMMARIZED),
-        (SAMPLES, pd.read_parquet, ("id", "completion", "tokens", "truncated", "format", "correct")),
-    ):
-        try:
-            found.append(read(folder / name))
-            if missing := [key for key in keys if key not in found[-1]]:
-                raise ValueError(f"it has no `{missing[0]}`")
-            summary, samples = found[0], found[-1]
-            if wrong := [
-                key for key in ("data", "settings", "sampling") if not isinstance(summary.get(key, {}), dict)
-            ]:
-                raise ValueError(f"`{wrong[0]}` is {summary[wrong[0]]!r}")
-            if name == SAMPLES and len(samples) != summary["questions"] * summary["samples_per_question"]:
-                raise ValueError(f"it has {len(samples)} samples, and {SUMMARY} tells of others")
-        except (OSError, ValueError, TypeError) as error:
-            said = str(error).splitlines()[0]
-            raise RecipeError(f"{folder / name} is damaged: {said}. Delete {folder}, and evaluate again.") from error
-    return tuple(found)
+    path = folder / SUMMARY
+    try:
+        summary = json.loads(path.read_text())
+        _need(summary, SUMMARIZED)
+        for key in ("data", "settings", "sampling"):
+            if not isinstance(summary.get(key, {}), dict):
+                raise ValueError(f"`{key}` is {summary[key]!r}")
+        path = folder / SAMPLES
+        samples = pd.read_parquet(path)
+        _need(samples, ("id", "completion", "tokens", "truncated", "format", "correct"))
+        if len(samples) != summary["questions"] * summary["samples_per_question"]:
+            raise ValueError(f"it has {len(samples)} samples, and {SUMMARY} tells of others")
+    except (OSError, ValueError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise RecipeError(f"{path} is damaged: {said}. Delete {folder}, and evaluate again.") from error
+    return summary, samples
+
+
+def _need(found: Mapping[str, Any], keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in found]:
+        raise ValueError(f"it has no `{missing[0]}`")
 
 
 @dataclass

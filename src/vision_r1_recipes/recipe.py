@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     expand = commands.add_parser("expand", help="print the recipe after inheritance and overrides")
     get = commands.add_parser("get", help="print one value")
-    state = commands.add_parser("state", help="print what there is of its run: finished, its checkpoint, or nothing")
+    state = commands.add_parser("state", help="print what there is of its run: (part) finished, checkpoint or nothing")
     entry = commands.add_parser("script", help="print its entry point: grpo.py or sft.py")
     serve = commands.add_parser("serve", help="print the command of its rollout server")
     plan = commands.add_parser("plan", help="print the arithmetic and every problem; exit code 2 if there is one")
