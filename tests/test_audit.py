@@ -572,6 +572,7 @@ def test_a_download_is_checked(world, tmp_path):
         prepare(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_damaged_download_is_told_and_the_rest_is_looked_at(world, tmp_path):
     for name in ("Vision-R1-rl", "Vision-R1-cold"):
         (tmp_path / name).mkdir()
