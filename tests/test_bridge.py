@@ -901,7 +901,7 @@ def test_ctrl_c_stops_cleanly_and_the_run_goes_on(tmp_path, toy):
                 time.sleep(0.05)
             process.send_signal(end)
             said = process.communicate(timeout=30)[0]
-            assert process.returncode == 1 and "Run the same command again" in said and "Traceback" not in said
+            assert process.returncode == 130 and "Run the same command again" in said and "Traceback" not in said
         main(["report", str(tmp_path / "run")])
         assert "of 64 rows have not come to their end yet" in (tmp_path / "run" / "report.md").read_text()
         process = command("run", path)

@@ -31,7 +31,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -50,7 +49,7 @@ from .bridge.endpoint import NOT_INHERITED, Endpoint, EndpointConfig, served
 from .bridge.run import sigterm_interrupts
 from .bridge.steps import Generation, Rejected
 from .evaluate import interval
-from .progress import check_folder, progress
+from .progress import check_folder, progress, stops_kindly
 from .recipe import RecipeError
 from .rewards import TAGS, last_answer
 
@@ -636,8 +635,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with preflight.kind_errors(), sigterm_interrupts():
-        try:
-            main()
-        except KeyboardInterrupt:
-            sys.exit("stopped; what was answered is kept. Run the same command again to go on.")
+    with preflight.kind_errors(), sigterm_interrupts(), stops_kindly():
+        main()

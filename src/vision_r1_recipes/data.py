@@ -705,8 +705,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             raise RecipeError(f"{error}: pip install 'vision-r1-recipes[audit]'.") from error
         return report(values, args.recipe, **options)
     from .difficulty import measure
+    from .progress import stops_kindly
 
-    measure(values, **options)
+    with stops_kindly():
+        measure(values, **options)
 
 
 if __name__ == "__main__":

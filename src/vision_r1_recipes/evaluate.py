@@ -53,7 +53,7 @@ from vision_r1_recipes import preflight, recipe  # noqa: E402
 from vision_r1_recipes.backends import BACKENDS, Backend, Keep, Request  # noqa: E402
 from vision_r1_recipes.data import BUILDERS, fingerprint, image_bounds, load_processor, load_rows, question_of  # noqa: E402
 from vision_r1_recipes.grading import agree  # noqa: E402
-from vision_r1_recipes.progress import check_folder, check_same, progress  # noqa: E402
+from vision_r1_recipes.progress import check_folder, check_same, progress, stops_kindly  # noqa: E402
 from vision_r1_recipes.recipe import RecipeError  # noqa: E402
 from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noqa: E402
 
@@ -656,9 +656,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with preflight.kind_errors():
-        try:
-            main()
-        except KeyboardInterrupt:
-            print("stopped; what was answered is kept. Run the same command again to go on.", file=sys.stderr)
-            sys.exit(130)
+    with preflight.kind_errors(), stops_kindly():
+        main()

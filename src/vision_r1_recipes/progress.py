@@ -7,11 +7,38 @@ import fcntl
 import json
 import os
 import shlex
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .recipe import RecipeError
+
+
+@contextlib.contextmanager
+def stops_kindly() -> Iterator[None]:
+    """Ctrl-C inside ends the process with a sentence and exit code 130, whatever exception a library makes of it."""
+    pressed = False
+
+    def press(*_):
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # a shell's background jobs
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not pressed and not isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, before)
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one, until the interpreter has ended
+        print("stopped; what was answered is kept. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

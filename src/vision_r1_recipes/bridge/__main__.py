@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import preflight, recipe
+from ..progress import stops_kindly
 from ..recipe import RecipeError
 
 
@@ -57,12 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with preflight.kind_errors():
+    with preflight.kind_errors(), stops_kindly():
         try:
             sys.exit(main())
         except sqlite3.Error as error:
             raise RecipeError(f"the journal can't be read: {error}.") from error
-        except KeyboardInterrupt:
-            sys.exit("stopped; what was answered is kept. Run the same command again to go on.")
         except OSError as error:
             raise RecipeError(f"{error.filename or 'a file'}: {error.strerror}. What was answered is kept.") from error
