@@ -102,6 +102,12 @@ def test_a_wrong_band_is_told(more, said):
         data.check_source({"path": "x", **more}, "datasets[0]")
 
 
+@pytest.mark.parametrize("stages", [[{"max_completion_length": 8}], "abc", [5]])
+def test_stages_that_are_none_are_named(stages):
+    with pytest.raises(RecipeError, match=r"stages\[0\] = .*: needs exactly the keys"):
+        difficulty.measure({"stages": stages}, "model")
+
+
 def test_pass_rates_need_stages():
     with pytest.raises(RecipeError, match="`stages` is missing"):
         difficulty.measure({"datasets": []}, "model")
@@ -119,7 +125,10 @@ def test_places(tmp_path):
     inside = difficulty.beside({"path": str(tmp_path / "v1.0/train.parquet")})
     assert inside == tmp_path / "v1.0.train.pass_rates.parquet"
     assert difficulty.beside({"path": "Osilly/Vision-R1-rl"}) == Path("data/Vision-R1-rl.pass_rates.parquet")
-    stages = {"stages": [{"max_completion_length": 8}], "datasets": [{"path": "x"}, {"path": "x", "limit": 3}]}
+    stages = {
+        "stages": [{"max_completion_length": 8, "num_generations": 2, "steps": 1}],
+        "datasets": [{"path": "x"}, {"path": "x", "limit": 3}],
+    }
     with pytest.raises(RecipeError, match="two sources would write"):
         difficulty.measure(stages, "model")
     for more in ({"limit": 3}, {"data": "x"}):

@@ -19,6 +19,8 @@ from vision_r1_recipes import recipe, sft, toy
 
 pytestmark = pytest.mark.slurm
 
+STOPPED = "error: the run was stopped before its end: sbatch it again to go on\n"
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -243,7 +245,7 @@ def test_what_only_the_ranks_find_stands_in_the_last_line(slurm, home):
 
 
 def test_a_run_that_is_told_to_stay_away_does_not_come_back_and_nobody_else_takes_its_folder(slurm, home):
-    folder, said = home / "runs/stopped", "error: the run was stopped before its end: sbatch it again to go on\n"
+    folder, said = home / "runs/stopped", STOPPED
     train = ("slurm/train.slurm", "grpo.yaml", "--output_dir", folder)
     jobs = [Job(home, "--exclusive=user", f"--nodelist={node}", *train) for node in ("n1", "n2")]
     jobs[0].wait(lambda: "FAILED" in [job.about("JobState") for job in jobs])
@@ -288,14 +290,14 @@ def test_a_rank_that_dies_is_named_with_its_last_lines(slurm, home):
     assert "error: the training has ended with code 1, see above" in job.log
 
 
-@pytest.mark.parametrize("server", ["dies", "is silent"])
+@pytest.mark.parametrize("server", ["dies", "is silent", "is silent, and the run is stopped"])
 def test_without_its_rollout_server_the_job_ends(slurm, home, tmp_path, server):
     """vLLM isn't installed: TRL's own launcher says so and ends. Or something stands for it that never answers."""
     (tmp_path / "packages/vllm").mkdir(parents=True)
     (tmp_path / "packages/vllm/__init__.py").touch()
     (tmp_path / "bin").mkdir()
     activate = f'source "{sys.prefix}/bin/activate"\n'
-    if server == "is silent":
+    if server != "dies":
         (tmp_path / "bin/trl").write_text("#!/bin/sh\necho loading forever\nexec sleep 600\n")
         (tmp_path / "bin/trl").chmod(0o755)
         activate += f'export PATH="{tmp_path}/bin:$PATH"\n'
@@ -306,8 +308,13 @@ def test_without_its_rollout_server_the_job_ends(slurm, home, tmp_path, server):
         *("slurm/train.slurm", "grpo.yaml", "--output_dir", f"runs/{tmp_path.name}", *use_server),
         VENV=str(tmp_path),
         PYTHONPATH=str(tmp_path / "packages"),
-        SERVER_SECONDS="10",
+        SERVER_SECONDS="600" if server.endswith("stopped") else "10",
     )
+    if server.endswith("stopped"):
+        job.wait(lambda: "rollout server on" in job.log)
+        (home / "runs" / tmp_path.name / "stop").touch()
+        assert job.end() == "FAILED" and job.about("ExitCode") == "3:0" and job.log.endswith(STOPPED), job.log
+        return
     assert job.end() == "FAILED"
     said = "has ended" if server == "dies" else "has not answered for 10 s"
     assert job.log.endswith(f"error: the rollout server {said}, see above\n"), job.log

@@ -40,6 +40,7 @@ from trl import ModelConfig
 from . import grading
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
 from .grading import check_gold
+from .ptst import parse_stages
 from .recipe import RecipeError, check_keys, fill, load, merge, parse_overrides, refuse_other_kind
 
 
@@ -130,6 +131,11 @@ def check_recipe(values: Mapping[str, Any], kind: Literal["rl", "sft"]) -> None:
     refuse_other_kind(dict(values), valid)
     check_keys(dict(values), valid)
     fill(make_dataclass("Recipe", [(key, hints[key]) for key in values]), dict(values))
+    if values.get("stages") is not None:
+        try:
+            parse_stages(values["stages"])
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
     check_share("max_dropped_share", values.get("max_dropped_share", 0))
     check_least("num_proc", values.get("num_proc"), 1)
 
