@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from trl import ModelConfig
 
 from vision_r1_recipes import recipe
 from vision_r1_recipes.configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
+from vision_r1_recipes.preflight import KNOWN_MODELS
 from vision_r1_recipes.recipe import RecipeError, load, parse, parse_overrides
 
 
@@ -374,6 +376,31 @@ def test_plan_finds_the_model_at_the_beginning(capsys):
         capsys, "plan", ROOT / "recipes/ptst.yaml", "--gpus", "8", "--model_name_or_path", "runs/nowhere"
     )
     assert "note: runs/nowhere is not here" in out
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ({}, None),
+        ({"split": "train[:50%]+test"}, None),
+        ({"split": "trian"}, "rl has no split trian, only train, test."),
+        ({"data_files": "test.parquet", "split": "any"}, None),
+        ({"data_files": "nope.parquet"}, "rl can't be found here or on the Hub: "),
+        ({"path": "rl/test.parquet", "split": "any"}, None),
+        ({"path": "rl/test.parquet", "image_folder": "rl/nope"}, "`image_folder`: rl/nope is not a folder."),
+        ({"path": "nope"}, "nope can't be found here or on the Hub: "),
+    ],
+)
+def test_plan_here_looks_for_what_the_recipe_names(tmp_path, monkeypatch, capsys, write, source, said):
+    (tmp_path / "rl").mkdir()
+    for split in ("train", "test"):
+        pd.DataFrame({"problem": ["1 + 1"], "answer": ["2"]}).to_parquet(tmp_path / "rl" / f"{split}.parquet")
+    monkeypatch.chdir(tmp_path)
+    model = KNOWN_MODELS / "Qwen2.5-VL-7B-Instruct"
+    path = write("r.yaml", MINIMAL + f"model_name_or_path: {model}\n")
+    code, out, _ = command(capsys, "plan", path, "--here", "--datasets", json.dumps([{"path": "rl", **source}]))
+    assert code == (0 if said is None else 2) and out.count("\n- ") == (said is not None), out
+    assert said is None or f"- `datasets[0]`: {said}" in out
 
 
 def test_plan_survives_a_circle_of_start_models(capsys, write):

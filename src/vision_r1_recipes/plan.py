@@ -105,18 +105,33 @@ def _absent(values: Mapping[str, Any]) -> list[str]:
     needed = [("model_name_or_path", name, partial(cached_file, name, "config.json", revision=revision))]
     for key in ("datasets", "eval_datasets"):
         for i, source in enumerate(values.get(key) or []):
-            if not Path(path := source["path"]).is_file():
-                options = {"name": source.get("name"), "data_files": source.get("data_files")}
-                needed.append((f"{key}[{i}]", path, partial(load_dataset_builder, path, **options)))
+            needed.append((f"{key}[{i}]", source["path"], partial(_look, source)))
     problems = []
     for key, name, find in needed:
         try:
             if find() is None:
                 raise FileNotFoundError("a folder without config.json; was it trained to its end?")
+        except RecipeError as error:
+            problems.append(f"`{key}`: {error}")
         except Exception as error:
             said = textwrap.shorten(str(error), 200, placeholder=" ...")
             problems.append(f"`{key}`: {name} can't be found here or on the Hub: {said}")
     return problems
+
+
+def _look(source: Mapping[str, Any]) -> bool:
+    path, folder, files = Path(source["path"]), source.get("image_folder"), source.get("data_files")
+    if folder and not Path(folder).is_dir():
+        raise RecipeError(f"`image_folder`: {folder} is not a folder.")
+    if path.is_file():
+        return True
+    builder = load_dataset_builder(source["path"], source.get("name"), data_files=files)
+    if not (path.is_dir() and files):  # those files are taken for any split
+        splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
+        wanted = [part.partition("[")[0] for part in source.get("split", "train").split("+")]
+        if splits and (wrong := [split for split in wanted if split not in (*splits, "all")]):
+            raise RecipeError(f"{path} has no split {', '.join(wrong)}, only {', '.join(splits)}.")
+    return True
 
 
 def start_model(path: str, name: str | None) -> str | None:
