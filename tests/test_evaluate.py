@@ -378,11 +378,16 @@ def test_killed_it_goes_on_and_ends_with_the_same_samples(world, several, tmp_pa
     assert summary | {"environment": None} == several[0] | {"environment": None}
 
 
+def listens():
+    """To SIGINT, which a shell's background jobs, perhaps these tests, ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_says_that_the_same_command_goes_on(world, tmp_path):
     command = [sys.executable, "-m", "vision_r1_recipes.evaluate", str(world / "model"), "--data", str(world / "rl")]
     command += ["--output_dir", str(tmp_path), "--n", "99", "--batch_size", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     deadline = time.monotonic() + 120
     while not (tmp_path / ev.PROGRESS).is_file():
         assert time.monotonic() < deadline and process.poll() is None
@@ -410,7 +415,7 @@ with stops_kindly():
         {made_of_it}
 print("went on")
 """
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=listens)
     if made_of_it == "pass":
         assert (process.returncode, process.stdout) == (0, "went on\n")
     else:
