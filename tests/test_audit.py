@@ -334,6 +334,7 @@ def cold(k: int, **changed) -> dict:
     return {"id": f"cold-{k}", "image": f"pictures/{k}.png", "conversations": turns} | changed
 
 
+MUTE = {"from": "gpt", "value": "<think>\n</think><answer> Final Answer:11 </answer>"}
 ODD = {"from": "gpt", "value": "<think> So. </think><answer> Final Answer:\\frac{1}{ </answer>"}
 
 
@@ -356,6 +357,7 @@ def test_the_cold_start_s_layouts(world, tmp_path, schema):
         cold(9, id="long", conversations=[cold(9)["conversations"][0], {"from": "gpt", "value": "word " * 400}]),
         cold(9, id="untagged", conversations=[cold(9)["conversations"][0], {"from": "gpt", "value": "It is 9."}]),
         cold(0, id="odd", image="pictures/8.png", conversations=[cold(0)["conversations"][0], ODD]),
+        cold(11, id="mute", conversations=[cold(11)["conversations"][0], MUTE]),
     ]
     if schema == "mulberry":
         roles = {"human": "user", "gpt": "assistant"}
@@ -373,22 +375,25 @@ def test_the_cold_start_s_layouts(world, tmp_path, schema):
         **{"min_pixels": 3136, "max_pixels": 40000},
     }
     _, findings, _, _ = audit.audit(values)
-    names = ["again", "missing", "broken", "marked", "long", "untagged", "odd"]
-    ids = dict(zip(names, names if schema == "llava_cot" else [f"row {k}" for k in range(9, 16)], strict=True))
+    names = ["again", "missing", "broken", "marked", "long", "untagged", "odd", "mute"]
+    ids = dict(zip(names, names if schema == "llava_cot" else [f"row {k}" for k in range(9, 17)], strict=True))
     assert flagged(findings) == {
         "exact duplicate": [ids["again"]],
         "missing image": [ids["missing"]],
         "broken image": [ids["broken"]],
         "image markers don't match the images": [ids["marked"]],
         "too many tokens": [ids["long"]],
-        "no <think> and <answer>": [ids["untagged"]],
+        "no <think> and <answer>": sorted([ids["untagged"], ids["mute"]]),
         "suspicious answer": [ids["odd"]],
         "shared picture": [ids["odd"]],
     }
+    values["datasets"][0]["drop_reasoning"] = True  # then nobody has any
+    left_out = flagged(audit.audit(values)[1])
+    assert "no <think> and <answer>" not in left_out and left_out["suspicious answer"] == [ids["odd"]]
     # The same file as a set that an RL run must not have.
     values = {**recipe.load(world / "grpo.yaml"), "eval_datasets": None}
     _, findings, _, _ = audit.audit(values, against=[str(tmp_path)])
-    assert set(flagged(findings)["leaked"]) == {f"row {k}" for k in (*range(10), 20, 21, 22)}
+    assert set(flagged(findings)["leaked"]) == {f"row {k}" for k in (*range(10), 11, 20, 21, 22)}
 
 
 @pytest.mark.slow

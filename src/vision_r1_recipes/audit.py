@@ -16,8 +16,8 @@ of which a row may have several:
 - `leaked`: in the training set and in another one (`eval_datasets`, `--against`): near pictures, and all sentences of
   one question in the other, or near texts; in `eval_datasets` also the same answer, unless the pixels are the same;
 - allowed unless `--allow` says otherwise: `shared picture` (only the picture is near another row's), `suspicious
-  answer` (see `rewards check`; in a cold start, one that can't be graded), `no <think> and <answer>` (where most rows
-  of a cold start have them), and rows without a picture in another set.
+  answer` (see `rewards check`; in a cold start, one that can't be graded), `no <think> and <answer>` (or an empty
+  `<think>`, where most rows of a cold start have both), and rows without a picture in another set.
 
 Rows that the training drops or leaves out are held against nothing. Pictures are near when their perceptual hashes
 agree in one of four parts and in all but 8 of 64 bits, and small copies of them (32 x 32 grey, 8 x 8 in colour) differ
@@ -141,7 +141,7 @@ def audit(
         totals[AGAINST, place] += len(frame) + len(problems)
         frames.append(frame.assign(set=AGAINST, source=place))
         findings += [{"set": AGAINST, "source": place, **problem} for problem in problems]
-    rows = pd.concat(frames, ignore_index=True).astype({"used": bool, "tagged": bool})
+    rows = pd.concat(frames, ignore_index=True).astype({"used": bool, "tagged": bool, "thinks": bool})
     findings += _on_answers(rows, loaded, values, kind, shortest_reasoning)
     on_pairs, not_compared = _on_pairs(rows[rows["used"]].reset_index(drop=True))
     findings = pd.DataFrame(findings + on_pairs, columns=["set", "source", "id", "finding", "detail"])
@@ -187,10 +187,11 @@ def _converted(
     rows = part.remove_columns("images")
     answers = rows["solution"] if kind == "rl" else (turns[0]["content"][0]["text"] for turns in rows["completion"])
     frame = pd.DataFrame({"id": rows["id"][:], "answer": list(answers), "tokens": rows["tokens"][:]})
-    frame["tagged"] = True
+    frame["tagged"] = frame["thinks"] = True
     if kind == "sft":
         parsed = [parse_format(text) for text in frame["answer"]]
         frame["tagged"] = [answer is not None for answer in parsed]
+        frame["thinks"] = [not re.match(r"\s*<think>\s*</think>", text) for text in frame["answer"]]
         # Where the format is another one by intention, the whole is the answer.
         frame["answer"] = [
             whole if answer is None else answer for answer, whole in zip(parsed, frame["answer"], strict=True)
@@ -252,7 +253,8 @@ def _compared(
     ids = next((name for name in ("id", "pid", "sample_index") if name in columns), None)
     names = [str(key) for key in rows[ids]] if ids else [f"row {i}" for i in range(len(rows))]
     texts = [_question(value) for value in rows[question]]
-    frame = pd.DataFrame({"id": names, "question": texts, "answer": "", "tokens": 0, "tagged": True, "used": True})
+    known = {"answer": "", "tokens": 0, "tagged": True, "thinks": True, "used": True}
+    frame = pd.DataFrame({"id": names, "question": texts, **known})
     images = next((name for name in IMAGES if name in columns), None)
     if images is None:  # a file of questions without pictures beside others
         missing = [{"id": name, "finding": TEXT_ONLY, "detail": ""} for name in names]
@@ -328,10 +330,14 @@ def _on_answers(
                 continue
             tagged = sorted(set(group["answer"][group["tagged"]]))
             reasons = dict(zip(tagged, POOL.map(check_gold, tagged), strict=True))
+            left_out = group["thinks"].mean() < 0.5  # the reasoning, by `drop_reasoning`
             for row in group.to_dict("records"):
                 if not row["tagged"]:
                     note(row, UNTAGGED, f"ends with {row['answer'][-60:]!r}")
-                elif reason := reasons[row["answer"]]:
+                    continue
+                if not row["thinks"] and not left_out:
+                    note(row, UNTAGGED, "the <think> is empty")
+                if reason := reasons[row["answer"]]:
                     note(row, SUSPICIOUS, f"{row['answer']!r} can't be graded: {reason}")
         return found
     said = {answer: golds.doubts(answer) for answer in different}
