@@ -79,7 +79,7 @@ def _in_chinese(text: str) -> Fraction | None:
         return top / bottom if top is not None and bottom else None
     total, digit = 0, 0
     for char in text:
-        value = int(unicodedata.numeric(char))
+        value = int(unicodedata.numeric(char, 2))  # only 两 has none
         if value >= 10:
             total, digit = total + (digit or 1) * value, 0
         else:
@@ -214,6 +214,10 @@ _UNIT_TOKEN = re.compile(
 )
 _ATTACHED = "mgsLhNJWVΩK"  # one letter without a space is a unit and not a factor
 _NOUN = re.compile(r"[a-z]{3,}(?:[ -][a-z]{3,}){0,2}|[\u4e00-\u9fff]{1,4}")
+# What a numeral in characters counts; without a measure word it begins a noun (三角形, 二次函数).
+_COUNTED = re.compile(
+    r"[个個只隻条條本张張块塊支枝件名位颗棵朵匹头瓶杯盒箱袋份種种辆][\u4e00-\u9fff]{0,3}|[人岁次页题对双天年月日边面项倍步层组排]"
+)
 _NOT_A_NOUN = re.compile(
     r"\b(?:or|and|not|no|never|to|than|about|over|under|less|more|fewer|least|most|up|down|but|except|if|is|are|was|"
     r"wrong|false|incorrect|maybe|probably|possibly|perhaps|likely|nope|nor|none|isn|cannot|minus|plus|times|half|each|per|squared|cubed|divided|by|"
@@ -290,6 +294,8 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
         of_angle = rest.startswith("°") and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", value)
         if len(rest) > 60 or factor or of_angle or not (re.search(r"\d|\\pi", value) or number(value)):
             continue
+        if value in ("百", "千"):  # of a unit or a word: 千克
+            continue
         if unit := _unit(rest):
             return value, unit if unit[0] else None
         rest = _AROUND.sub("", rest)
@@ -298,6 +304,8 @@ def quantity(text: str, attached: bool = False) -> tuple[str, tuple | frozenset 
         if (unit := _unit(rest)) and number(value) is not None:
             return value, unit if unit[0] else None
         noun = _NOUN.fullmatch(rest) and not _NOT_A_NOUN.search(rest) and (m["gap"] != "" or not rest.isascii())
+        if noun and value[-1] in _CHINESE and not _COUNTED.fullmatch(rest):
+            continue
         if noun and number(value) is not None:
             return value, frozenset(word.rstrip("s") for word in re.split("[ -]", rest))
     return text, None
