@@ -622,6 +622,12 @@ def test_compare(world, evaluated, several, tmp_path, capsys):
         places = [str((tmp_path if name == "other" else world) / name) for name in pair]
         found = ev.compare(*places).partition("settings differ: ")[2]
         assert re.findall(r"(\w+) \S+ against", found) == ["dtype", "max_pixels", "min_p", "min_pixels"]
+    shutil.copytree(world / "eval", tmp_path / "other pictures")
+    summary = json.loads((world / "eval/summary.json").read_text())
+    summary["settings"]["questions"] = "abc"
+    (tmp_path / "other pictures/summary.json").write_text(json.dumps(summary))
+    found = ev.compare(str(world / "eval"), str(tmp_path / "other pictures"))
+    assert re.search(r"settings differ: prompts '\w+' against 'abc'$", found)
     with pytest.raises(RecipeError, match="nowhere is not the folder of a finished evaluation"):
         ev.compare(str(world / "eval"), str(tmp_path / "nowhere"))
     ev.evaluate(str(world / "model"), str(world / "rl"), output_dir=str(tmp_path), limit=5, **QUICK)

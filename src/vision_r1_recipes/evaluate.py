@@ -60,6 +60,7 @@ from vision_r1_recipes.rewards import extract_answer, grade, parse_format  # noq
 
 SUMMARY, SAMPLES, PROGRESS = "summary.json", "samples.parquet", "progress.jsonl"
 LINE = ("made", "state")  # of PROGRESS
+PROMPTS = "prompts"  # a fingerprint of texts, pictures and numbers of tokens
 SUMMARIZED = ("name", "accuracy", "accuracy_se", "questions", "samples_per_question", "sampling")  # among others
 KEYS = ("id", "problem", "solution")  # of a question
 
@@ -234,6 +235,9 @@ def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
         return textwrap.shorten(repr(value), 60, placeholder=" ...")
 
     ours, theirs = settings(a), settings(b)
+    if ours.get("system_prompt") == theirs.get("system_prompt"):  # else they differ anyway
+        for mine, summary in ((ours, a), (theirs, b)):
+            mine[PROMPTS] = summary.get("settings", {}).get("questions")
     return {
         key: f"{key} {short(ours.get(key))} against {short(theirs.get(key))}"
         for key in sorted(ours.keys() | theirs.keys())
@@ -521,7 +525,7 @@ def evaluate(
                 if lines:
                     loaded[key].restore(lines[-1]["state"])
                     print(f"{len(made)} completions were finished before")
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:  # torch's, for a state that is none
                 file = task.folder / PROGRESS
                 raise RecipeError(f"{file} is damaged: {error}. Delete it, and run the same command again.") from error
 

@@ -32,6 +32,7 @@ import pandas as pd  # noqa: E402
 
 from vision_r1_recipes import preflight  # noqa: E402
 from vision_r1_recipes.evaluate import (  # noqa: E402
+    PROMPTS,
     REFLECTION,
     bucket_name,
     differing_settings,
@@ -318,7 +319,7 @@ def _notes_on_settings(evaluations: Sequence[Evaluation]) -> list[str]:
         found = {}
         for e in group:
             # Each seed of a toy world has data and a tokenizer of its own.
-            own = {*TOKEN_IDS, *(("path",) if e.seed != evaluations[0].seed else ())}
+            own = {*TOKEN_IDS, *(("path", PROMPTS) if e.seed != evaluations[0].seed else ())}
             found |= {k: said for k, said in differing_settings(e.summary, first).items() if k not in own}
         if found:
             notes.append(f"{label} differs from {evaluations[0].label} in: {', '.join(found.values())}.")
