@@ -35,8 +35,12 @@ def world(tmp_path_factory):
 def file(world):
     """The pass rates of an untrained model, made by the command line."""
     command = [sys.executable, "-m", "vision_r1_recipes.data", "difficulty", str(world / "grpo.yaml")]
-    done = subprocess.run([*command, str(world / "model"), "--n", "2"], cwd=world, capture_output=True, text=True)
+    old = world / "rl.pass_rates.parquet"
+    pd.DataFrame({"model": ["another"]}).to_parquet(old)
+    command += [str(world / "model"), "--n", "2", "--top_k", "5"]
+    done = subprocess.run(command, cwd=world, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "without the recipe's top_k" in done.stdout and f"{old} had the pass rates of another" in done.stdout
     assert "10 prompts, mean pass rate 0.0%" in done.stdout and "10 with a pass rate of 0" in done.stdout
     return world / "rl.pass_rates.parquet"
 
@@ -46,6 +50,7 @@ def test_samples_are_those_of_the_first_stage(world, file):
     rates = pd.read_parquet(file)
     assert list(rates["id"]) == [f"row {i}" for i in range(10)] and rates["digest"].nunique() == 10
     assert (rates["pass_rate"] == 0).all() and (rates["samples"] == 2).all() and (rates["mean_tokens"] <= 8).all()
+    assert (rates["model"] == str(world / "model")).all()
     summary = json.loads((next((world / "runs/difficulty").iterdir()) / "rl/summary.json").read_text())
     assert summary["questions"] == 10 and summary["samples_per_question"] == 2
     sampling = summary["sampling"]
@@ -106,6 +111,23 @@ def test_a_wrong_band_is_told(more, said):
 def test_stages_that_are_none_are_named(stages):
     with pytest.raises(RecipeError, match=r"stages\[0\] = .*: needs exactly the keys"):
         difficulty.measure({"stages": stages}, "model")
+
+
+@pytest.mark.parametrize(
+    "datasets, said",
+    [
+        (None, "`datasets` is empty"),
+        ([], "`datasets` is empty"),
+        (["rl"], "write {path: rl}"),
+        ([{"path": "rl", "split": 5}], "`split`: 5, needs a text"),
+        ([{"path": "rl", "data_files": ["a.json", 3]}], "`data_files`: .* needs the name of a file"),
+        ([{"path": "a"}, {"path": "b"}, {"path": "b"}], "would write data/b.pass_rates.parquet"),
+    ],
+)
+def test_sources_that_are_none_are_named(datasets, said):
+    stages = [{"max_completion_length": 8, "num_generations": 2, "steps": 1}]
+    with pytest.raises(RecipeError, match=said):
+        difficulty.measure({"stages": stages, "datasets": datasets}, "model")
 
 
 def test_pass_rates_need_stages():

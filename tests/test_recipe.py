@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from vision_r1_recipes import recipe
 from vision_r1_recipes.configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
-from vision_r1_recipes.preflight import KNOWN_MODELS
+from vision_r1_recipes.preflight import KNOWN_MODELS, model_config
 from vision_r1_recipes.recipe import RecipeError, load, parse, parse_overrides
 
 
@@ -385,6 +385,9 @@ def test_plan_finds_the_model_at_the_beginning(capsys):
         ({"split": "train[:50%]+test"}, None),
         ({"split": "trian"}, "rl has no split trian, only train, test."),
         ({"data_files": "test.parquet", "split": "any"}, None),
+        ({"data_files": ["test.parquet"], "name": "is no config of"}, None),
+        ({"path": "r.yaml"}, "r.yaml can't be found here or on the Hub: r.yaml is not a .parquet, .json or"),
+        ({"split": "train[:1]", "path": "rl/train.parquet"}, None),
         ({"data_files": "nope.parquet"}, "rl can't be found here or on the Hub: "),
         ({"path": "rl/test.parquet", "split": "any"}, None),
         ({"path": "rl/test.parquet", "image_folder": "rl/nope"}, "`image_folder`: rl/nope is not a folder."),
@@ -401,6 +404,14 @@ def test_plan_here_looks_for_what_the_recipe_names(tmp_path, monkeypatch, capsys
     code, out, _ = command(capsys, "plan", path, "--here", "--datasets", json.dumps([{"path": "rl", **source}]))
     assert code == (0 if said is None else 2) and out.count("\n- ") == (said is not None), out
     assert said is None or f"- `datasets[0]`: {said}" in out
+    if "[" in source.get("split", ""):
+        assert "rows unknown, not all of it is here or taken" in out
+
+
+def test_a_model_s_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(RecipeError, match=r"config.json can't be read"):
+        model_config(str(tmp_path))
 
 
 def test_plan_survives_a_circle_of_start_models(capsys, write):

@@ -291,6 +291,12 @@ def check_source(source: Mapping[str, Any], where: str) -> None:
     check_keys(dict(source), SOURCE_KEYS, f"{where}.")
     if not isinstance(source.get("path"), str):
         raise RecipeError(f"{where} has no `path`: {dict(source)}.")
+    for key in ("name", "split", "image_folder", "pass_rates"):
+        if not isinstance(source.get(key, ""), str if key == "split" else str | None):
+            raise RecipeError(f"{where}: `{key}`: {source[key]!r}, needs a text.")
+    files = source.get("data_files") or []
+    if not isinstance(files, str | Mapping | list) or not all(isinstance(file, str) for file in files):
+        raise RecipeError(f"{where}: `data_files`: {files!r}, needs the name of a file, or a list of names.")
     if not isinstance(source.get("drop_reasoning", False), bool):
         raise RecipeError(f"{where}: `drop_reasoning`: {source['drop_reasoning']!r}, needs true or false.")
     band = source.get("pass_rate_band")
@@ -379,6 +385,18 @@ def fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+def local_files(source: Mapping[str, Any]) -> list[str]:
+    """The files here that a source names; none when it is a folder or a Hub id, in which `datasets` finds them."""
+    path, files = Path(source["path"]), source.get("data_files") or []
+    files = [files] if isinstance(files, str) else files
+    paths = [str(path)] if path.is_file() else [str(path / name) for name in files] if path.is_dir() else []
+    if absent := [name for name in paths if not Path(name).is_file()]:
+        raise FileNotFoundError(f"no file {', '.join(absent)}")
+    if paths and Path(paths[0]).suffix not in BUILDERS:
+        raise ValueError(f"{paths[0]} is not a .parquet, .json or .jsonl file")
+    return paths
+
+
 def open_source(source: Mapping[str, Any], where: str) -> Dataset:
     """The rows of one source (see [`load_rows`]) as they are; `where` names it in messages."""
     check_source(source, where)
@@ -386,15 +404,9 @@ def open_source(source: Mapping[str, Any], where: str) -> Dataset:
     files = source.get("data_files")
     files = [files] if isinstance(files, str) else files
     try:
-        if path.is_file() or (path.is_dir() and files):
-            paths = [str(path / name) for name in files] if path.is_dir() else [str(path)]
-            absent = [name for name in paths if not Path(name).is_file()]
-            if absent:
-                raise FileNotFoundError(f"no file {', '.join(absent)}")
-            suffix = Path(paths[0]).suffix
-            if suffix not in BUILDERS:
-                raise ValueError(f"{paths[0]} is not a .parquet, .json or .jsonl file")
-            rows = load_dataset(BUILDERS[suffix], data_files={split.partition("[")[0]: paths}, split=split)
+        if paths := local_files(source):
+            builder = BUILDERS[Path(paths[0]).suffix]
+            rows = load_dataset(builder, data_files={split.partition("[")[0]: paths}, split=split)
         else:
             cache = str(Path(HF_DATASETS_CACHE, _content(path))) if path.is_dir() else None
             rows = load_dataset(source["path"], source.get("name"), data_files=files, split=split, cache_dir=cache)

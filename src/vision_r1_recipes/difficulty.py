@@ -18,6 +18,7 @@ datasets:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .evaluate import SAMPLES, evaluate, per_question
 from .recipe import RecipeError
 
 
+NOT_SAMPLED = ("top_k", "min_p", "repetition_penalty", "generation_kwargs")  # keys that `evaluate` has not
 EDGES = (0, 0.125, 0.375, 0.625, 0.875, 1)
 
 
@@ -36,6 +38,8 @@ def beside(source: Mapping[str, Any]) -> Path:
     """Where the pass rates of a source are written: beside its folder or that of its file, for a Hub id in `data/`."""
     path, files, split = Path(source["path"]), source.get("data_files") or [], source.get("split", "train")
     files = [files] if isinstance(files, str) else files
+    if path.name in ("", ".."):
+        path = path.resolve()
     if path.is_file():  # in the folder itself they would be taken for rows of the set
         path, files = path.parent if path.parent.name else path.absolute().parent, [path.name]
     parts = [path.name, source.get("name"), *(Path(file).stem for file in files), None if split == "train" else split]
@@ -57,7 +61,8 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
 
     Returns:
         One file per source: `id`, `digest` (of question and answer), `pass_rate` (share with HFRRF's reward),
-        `accuracy` (whatever the format), `samples`, `mean_tokens`, `truncated`. Killed, the same call goes on.
+        `accuracy` (whatever the format), `samples`, `mean_tokens`, `truncated`, `model`. Killed, the same call goes
+        on. Another model's file is replaced.
 
     Raises:
         `RecipeError`: no stages, an unknown key, two sources with one file, or what [`~evaluate.evaluate`] raises.
@@ -79,13 +84,19 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
         "max_dropped_share": values.get("max_dropped_share", 0.05),
         **options,
     }
-    sources = [{"split": "train", **source} for source in values["datasets"]]
-    for i, source in enumerate(sources):
-        for key in ("pass_rates", "pass_rate_band"):  # all rows are asked
-            source.pop(key, None)
+    if ignored := [key for key in NOT_SAMPLED if values.get(key) is not None]:
+        print(f"note: completions are drawn without the recipe's {', '.join(ignored)}")
+    if not isinstance(values.get("datasets"), list) or not values["datasets"]:
+        raise RecipeError("`datasets` is empty: name at least one source, for example [{path: runs/toy/data/rl}].")
+    sources = []
+    for i, source in enumerate(values["datasets"]):
+        if isinstance(source, Mapping):  # all its rows are asked
+            source = {"split": "train", **source, "pass_rates": None, "pass_rate_band": None}
         check_source(source, f"datasets[{i}]")
-    if len({beside(source) for source in sources}) < len(sources):
-        raise RecipeError(f"two sources would write {beside(sources[0])}: measure them by recipes of their own.")
+        sources.append({key: value for key, value in source.items() if not key.startswith("pass_rate")})
+    file, times = Counter(map(beside, sources)).most_common(1)[0]
+    if times > 1:
+        raise RecipeError(f"two sources would write {file}: measure them by recipes of their own.")
     written, loaded = [], {}
     for check in (True, False) if len(sources) > 1 else (False,):
         for source in sources:
@@ -95,10 +106,19 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
             if not check:
                 rates = pass_rates(pd.read_parquet(folder / SAMPLES))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                rates.to_parquet(file)
+                if (before := _model_of(file)) not in (None, model):
+                    print(f"note: {file} had the pass rates of {before}")
+                rates.assign(model=model).to_parquet(file)
                 written.append(file)
                 print(describe(rates["pass_rate"]), f"written to {file}", sep="\n")
     return written
+
+
+def _model_of(file: Path) -> str | None:
+    try:
+        return pd.read_parquet(file, columns=["model"])["model"][0]
+    except (OSError, ValueError, KeyError):  # none, or no file of ours
+        return None
 
 
 def pass_rates(samples: pd.DataFrame) -> pd.DataFrame:

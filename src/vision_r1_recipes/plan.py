@@ -16,6 +16,7 @@ from trl import ModelConfig
 
 from . import memory
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
+from .data import local_files
 from .preflight import longest_sequence, model_config, recipe_problems, run_problems
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
 from .recipe import RecipeError, load, merge, parse_all, parse_overrides, script
@@ -120,17 +121,16 @@ def _absent(values: Mapping[str, Any]) -> list[str]:
 
 
 def _look(source: Mapping[str, Any]) -> bool:
-    path, folder, files = Path(source["path"]), source.get("image_folder"), source.get("data_files")
+    folder = source.get("image_folder")
     if folder and not Path(folder).is_dir():
         raise RecipeError(f"`image_folder`: {folder} is not a folder.")
-    if path.is_file():
+    if local_files(source):  # which are taken for any split
         return True
-    builder = load_dataset_builder(source["path"], source.get("name"), data_files=files)
-    if not (path.is_dir() and files):  # those files are taken for any split
-        splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
-        wanted = [part.partition("[")[0] for part in source.get("split", "train").split("+")]
-        if splits and (wrong := [split for split in wanted if split not in (*splits, "all")]):
-            raise RecipeError(f"{path} has no split {', '.join(wrong)}, only {', '.join(splits)}.")
+    builder = load_dataset_builder(source["path"], source.get("name"), data_files=source.get("data_files"))
+    splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
+    wanted = [part.partition("[")[0] for part in source.get("split", "train").split("+")]
+    if splits and (wrong := [split for split in wanted if split not in (*splits, "all")]):
+        raise RecipeError(f"{source['path']} has no split {', '.join(wrong)}, only {', '.join(splits)}.")
     return True
 
 
@@ -267,7 +267,9 @@ def serve_command(model_name_or_path: str, args: VisionGRPOConfig) -> str:
 def _about_the_data(data: DataArguments, prompts: int | None, held: int | None) -> list[str]:
     counts = [_num_rows(source) for source in data.datasets]
     rows = None if None in counts else sum(counts)
-    known = f"{rows:,} rows before any is dropped" if rows is not None else "rows unknown, not all of it is here"
+    known = (
+        f"{rows:,} rows before any is dropped" if rows is not None else "rows unknown, not all of it is here or taken"
+    )
     passes = f", {prompts / rows:.2f} passes over them" if rows and prompts else ""
     lines = [f"data: {known}{passes}"]
     if held and data.max_pixels:
@@ -280,9 +282,11 @@ def _about_the_data(data: DataArguments, prompts: int | None, held: int | None) 
 
 
 def _num_rows(source: dict) -> int | None:
-    """Rows of a source that lies here, from the files alone; `None` when it doesn't or can't be read."""
+    """Rows of a source that lies here, from the files alone; `None` when it doesn't, or only a part is taken."""
     path, split = Path(str(source.get("path"))), str(source.get("split", "train"))
     names = source.get("data_files") or []
+    if "[" in split or "+" in split:
+        return None
     files = [path / name for name in ([names] if isinstance(names, str) else names)] or (
         [path] if path.is_file() else sorted(path.rglob(f"*{split}*.parquet"))
     )

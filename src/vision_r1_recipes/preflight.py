@@ -82,7 +82,10 @@ def model_config(model_name_or_path: str | None) -> PreTrainedConfig | None:
     """The model's configuration from its folder or from the ones kept with the recipes; `None` if neither has it."""
     for folder in (Path(model_name_or_path or ""), KNOWN_MODELS / Path(model_name_or_path or "").name):
         if (folder / "config.json").is_file():
-            return AutoConfig.from_pretrained(folder)
+            try:
+                return AutoConfig.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"{folder / 'config.json'} can't be read: {error}") from error
     return None
 
 

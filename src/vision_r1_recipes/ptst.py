@@ -48,6 +48,8 @@ def parse_stages(stages: Iterable[Stage | Mapping]) -> list[Stage]:
             whole number in its range.
     """
     names = [field.name for field in fields(Stage)]
+    if stages is not None and not isinstance(stages, Iterable):
+        raise ValueError(f"stages = {stages!r}: needs a list of {{{', '.join(names)}}}.")
     parsed, problems = [], []
     for i, stage in enumerate(stages or []):
         values = asdict(stage) if isinstance(stage, Stage) else stage
