@@ -231,7 +231,7 @@ def test_a_typo_ends_the_job_before_anything_is_started(slurm, home):
     assert "`datasets[0]`: world/nope can't be found here or on the Hub" in job.log.splitlines()[-1]
     job = Job(home, "slurm/train.slurm", "grpo.yaml", "--datasets", "[{path: world/rl, split: trian}]")
     assert job.end() == "FAILED"
-    assert job.log.endswith("error: `datasets[0]`: world/rl has no split trian, only train, test.\n")
+    assert job.log.endswith("- `datasets[0]`: world/rl has no split trian, only train, test.\n")
     job = Job(home, "slurm/train.slurm", "no.yaml")
     assert job.end() == "FAILED"
     assert "error: no recipe at" in job.log.splitlines()[-1]
