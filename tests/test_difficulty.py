@@ -37,10 +37,10 @@ def file(world):
     command = [sys.executable, "-m", "vision_r1_recipes.data", "difficulty", str(world / "grpo.yaml")]
     old = world / "rl.pass_rates.parquet"
     pd.DataFrame({"model": ["another"]}).to_parquet(old)
-    command += [str(world / "model"), "--n", "2", "--top_k", "5"]
+    command += [str(world / "model"), "--n", "2", "--top_k", "5", "--repetition_penalty", "1"]
     done = subprocess.run(command, cwd=world, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "without the recipe's top_k" in done.stdout and f"{old} had the pass rates of another" in done.stdout
+    assert "without the recipe's top_k\n" in done.stdout and f"{old} had the pass rates of another" in done.stdout
     assert "10 prompts, mean pass rate 0.0%" in done.stdout and "10 with a pass rate of 0" in done.stdout
     return world / "rl.pass_rates.parquet"
 

@@ -30,7 +30,8 @@ from .evaluate import SAMPLES, evaluate, per_question
 from .recipe import RecipeError
 
 
-NOT_SAMPLED = ("top_k", "min_p", "repetition_penalty", "generation_kwargs")  # keys that `evaluate` has not
+# What `evaluate` has no keys for, and how it samples.
+FIXED = {"top_k": (None, 0, -1), "min_p": (None, 0), "repetition_penalty": (None, 1), "generation_kwargs": (None, {})}
 EDGES = (0, 0.125, 0.375, 0.625, 0.875, 1)
 
 
@@ -84,7 +85,7 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
         "max_dropped_share": values.get("max_dropped_share", 0.05),
         **options,
     }
-    if ignored := [key for key in NOT_SAMPLED if values.get(key) is not None]:
+    if ignored := [key for key, same in FIXED.items() if values.get(key) not in same]:
         print(f"note: completions are drawn without the recipe's {', '.join(ignored)}")
     if not isinstance(values.get("datasets"), list) or not values["datasets"]:
         raise RecipeError("`datasets` is empty: name at least one source, for example [{path: runs/toy/data/rl}].")
