@@ -118,6 +118,8 @@ def test_stages_that_are_none_are_named(stages):
     [
         (None, "`datasets` is empty"),
         ([], "`datasets` is empty"),
+        (5, "`datasets`: 5, needs a list of sources"),
+        ({"path": "rl"}, "needs a list of sources"),
         (["rl"], "write {path: rl}"),
         ([{"path": "rl", "split": 5}], "`split`: 5, needs a text"),
         ([{"path": "rl", "data_files": ["a.json", 3]}], "`data_files`: .* needs the name of a file"),

@@ -249,8 +249,7 @@ def check_rows(
     The converted rows of each source, all of them: those that can't be used have a reason in `dropped` and what to
     look at in `detail`. Pictures stay undecoded. See [`load_rows`] for the arguments and errors.
     """
-    if not sources:
-        raise RecipeError(f"`{name}` is empty: name at least one source, for example [{{path: runs/toy/data/rl}}].")
+    check_some(sources, name)
     parts = []
     for i, source in enumerate(sources):
         rows, convert, folder = read_source(source, kind, f"{name}[{i}]")
@@ -282,6 +281,15 @@ def check_rows(
             )
         )
     return parts
+
+
+def check_some(sources: Any, name: str = "datasets") -> None:
+    """Raise [`RecipeError`] when `sources` is empty or no list."""
+    example = "for example [{path: runs/toy/data/rl}]"
+    if not sources:
+        raise RecipeError(f"`{name}` is empty: name at least one source, {example}.")
+    if not isinstance(sources, list | tuple):
+        raise RecipeError(f"`{name}`: {sources!r}, needs a list of sources, {example}.")
 
 
 def check_source(source: Mapping[str, Any], where: str) -> None:
@@ -460,7 +468,7 @@ def read_source(source: Mapping[str, Any], kind: str, where: str) -> tuple[Datas
     the answer, answer, pictures)` that raises [`Drop`]. `kind` is `"rl"`, `"sft"`, or `"bridge"` for any of their
     layouts.
     """
-    rows, path = open_source(source, where), Path(source["path"])
+    rows = open_source(source, where)
     columns = set(rows.column_names)
     targets = {"rl": ("solution",), "sft": ("completion",), "bridge": ("solution", "completion")}[kind]
     if kind != "sft" and {"images", "problem", "answer"} <= columns:
@@ -485,10 +493,15 @@ def read_source(source: Mapping[str, Any], kind: str, where: str) -> tuple[Datas
             rows = rows.cast_column(column, List(Image(decode=False)))
         elif isinstance(feature, Image):
             rows = rows.cast_column(column, Image(decode=False))
-    folder = source.get("image_folder") or (path if path.is_dir() else path.parent)
-    if source.get("image_folder") and not Path(folder).is_dir():
-        raise RecipeError(f"{where}: `image_folder`: {folder} is not a folder.")
-    return rows, convert, str(folder)
+    return rows, convert, image_folder(source, where)
+
+
+def image_folder(source: Mapping[str, Any], where: str) -> str:
+    """The folder in which the pictures of a source's rows are looked for."""
+    path, named = Path(source["path"]), source.get("image_folder")
+    if named and not Path(named).is_dir():
+        raise RecipeError(f"{where}: `image_folder`: {named} is not a folder.")
+    return str(named or (path if path.is_dir() else path.parent))
 
 
 class Drop(Exception):

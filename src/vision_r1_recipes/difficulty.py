@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 
-from .data import check_recipe, check_source, digest_of
+from .data import check_recipe, check_some, check_source, digest_of
 from .evaluate import SAMPLES, evaluate, per_question
 from .recipe import RecipeError
 
@@ -87,8 +87,7 @@ def measure(values: Mapping[str, Any], model: str, n: int = 8, **options) -> lis
     }
     if ignored := [key for key, same in FIXED.items() if values.get(key) not in same]:
         print(f"note: completions are drawn without the recipe's {', '.join(ignored)}")
-    if not isinstance(values.get("datasets"), list) or not values["datasets"]:
-        raise RecipeError("`datasets` is empty: name at least one source, for example [{path: runs/toy/data/rl}].")
+    check_some(values.get("datasets"))
     sources = []
     for i, source in enumerate(values["datasets"]):
         if isinstance(source, Mapping):  # all its rows are asked

@@ -16,7 +16,7 @@ from trl import ModelConfig
 
 from . import memory
 from .configs import DataArguments, VisionGRPOConfig, VisionSFTConfig
-from .data import local_files
+from .data import image_folder, local_files
 from .preflight import longest_sequence, model_config, recipe_problems, run_problems
 from .ptst import batch_arithmetic, num_rollouts, parse_stages
 from .recipe import RecipeError, load, merge, parse_all, parse_overrides, script
@@ -106,31 +106,29 @@ def _absent(values: Mapping[str, Any]) -> list[str]:
     needed = [("model_name_or_path", name, partial(cached_file, name, "config.json", revision=revision))]
     for key in ("datasets", "eval_datasets"):
         for i, source in enumerate(values.get(key) or []):
-            needed.append((f"{key}[{i}]", source["path"], partial(_look, source)))
+            needed.append((f"{key}[{i}]", source["path"], partial(_look, source, f"`{key}[{i}]`")))
     problems = []
     for key, name, find in needed:
         try:
             if find() is None:
                 raise FileNotFoundError("a folder without config.json; was it trained to its end?")
         except RecipeError as error:
-            problems.append(f"`{key}`: {error}")
+            problems.append(str(error))
         except Exception as error:
             said = textwrap.shorten(str(error), 200, placeholder=" ...")
             problems.append(f"`{key}`: {name} can't be found here or on the Hub: {said}")
     return problems
 
 
-def _look(source: Mapping[str, Any]) -> bool:
-    folder = source.get("image_folder")
-    if folder and not Path(folder).is_dir():
-        raise RecipeError(f"`image_folder`: {folder} is not a folder.")
+def _look(source: Mapping[str, Any], where: str) -> bool:
+    image_folder(source, where)
     if local_files(source):  # which are taken for any split
         return True
     builder = load_dataset_builder(source["path"], source.get("name"), data_files=source.get("data_files"))
     splits = list(map(str, builder.info.splits or builder.config.data_files or ()))
     wanted = [part.partition("[")[0] for part in source.get("split", "train").split("+")]
     if splits and (wrong := [split for split in wanted if split not in (*splits, "all")]):
-        raise RecipeError(f"{source['path']} has no split {', '.join(wrong)}, only {', '.join(splits)}.")
+        raise RecipeError(f"{where}: {source['path']} has no split {', '.join(wrong)}, only {', '.join(splits)}.")
     return True
 
 
@@ -283,14 +281,12 @@ def _about_the_data(data: DataArguments, prompts: int | None, held: int | None) 
 
 def _num_rows(source: dict) -> int | None:
     """Rows of a source that lies here, from the files alone; `None` when it doesn't, or only a part is taken."""
-    path, split = Path(str(source.get("path"))), str(source.get("split", "train"))
-    names = source.get("data_files") or []
+    path, split = str(source.get("path")), str(source.get("split", "train"))
     if "[" in split or "+" in split:
         return None
-    files = [path / name for name in ([names] if isinstance(names, str) else names)] or (
-        [path] if path.is_file() else sorted(path.rglob(f"*{split}*.parquet"))
-    )
     try:
+        files = [Path(file) for file in local_files({**source, "path": path})]
+        files = files or sorted(Path(path).rglob(f"*{split}*.parquet"))
         rows = sum(
             pq.read_metadata(file).num_rows
             if file.suffix == ".parquet"

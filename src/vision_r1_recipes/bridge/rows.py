@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data import MARKER, Drop, open_image, read_source
+from ..data import MARKER, Drop, check_some, open_image, read_source
 from ..recipe import RecipeError
 from ..rewards import check_gold
 from .rules import final_answer
@@ -32,8 +32,7 @@ class Sources:
     """
 
     def __init__(self, sources: Sequence[Mapping[str, Any]]):
-        if not sources:
-            raise RecipeError("`datasets` is empty: name at least one source, for example [{path: runs/toy/data/rl}].")
+        check_some(sources)
         self.parts: list[tuple[str, Dataset, Callable, str]] = []
         for i, source in enumerate(sources):
             if "drop_reasoning" in source:
